@@ -1,0 +1,307 @@
+"""Rollouts: a batch of sampled responses, the log-probs of a model on it, and the two samplers that make it.
+
+Samplers take token ids and give back the sampled ids with their log-probs. Training uses exactly those ids: text that
+is decoded and tokenised again need not give the same tokens.
+"""
+
+import importlib.util
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from data import resolve_template, stop_strings
+
+LOGITS_AT_ONCE = 2**25  # logits that stand in memory together: 128 MiB in float32, whatever B, T and the vocabulary
+
+# --- the batch ---
+
+
+@dataclass
+class Rollouts:
+    """B responses to P prompts, G to each, in prompt order: rows 0..G-1 answer prompt 0, the next G prompt 1, ...
+
+    Prompts are padded on the left and responses on the right, so every response begins in the same column L.
+    T is the longest response. The end token belongs to its response, also where it doubles as the padding token.
+    """
+
+    input_ids: torch.Tensor  # [B, L + T] prompt and response tokens
+    attention_mask: torch.Tensor  # [B, L + T] 1 on real tokens, 0 on padding
+    response_mask: torch.Tensor  # [B, T] True on response tokens, the end token included
+    sampler_logp: torch.Tensor  # [B, T] log-probs under the distribution that was sampled; 0 off the mask
+    prompt_index: torch.Tensor  # [B] which prompt a row answers
+    texts: list[str]  # B responses, decoded without special tokens
+    finish_reasons: list[str]  # B times "stop" (end token or stop string) or "length" (cut by the limit)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # what an objective adds, [B] or [B, T]
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        assert len(tensor) == len(self.texts), f"{name} has {len(tensor)} rows, the batch {len(self.texts)}"
+        self.tensors[name] = tensor
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[B] response lengths |o_i| in tokens."""
+        return self.response_mask.sum(1)
+
+    def select(self, rows: torch.Tensor) -> "Rollouts":
+        """The given rows, in that order, without the padding that only the other rows needed."""
+        prompt_width = self.input_ids.shape[1] - self.response_mask.shape[1]
+        left = prompt_width - int(self.attention_mask[rows, :prompt_width].sum(1).max())
+        t = int(self.lengths[rows].max())
+        ids, mask = (x[rows, left : prompt_width + t] for x in (self.input_ids, self.attention_mask))
+        texts, reasons = ([x[i] for i in rows.tolist()] for x in (self.texts, self.finish_reasons))
+        tensors = {name: x[rows, :t] if x.dim() == 2 else x[rows] for name, x in self.tensors.items()}
+        response_mask, sampler_logp = self.response_mask[rows, :t], self.sampler_logp[rows, :t]
+        return Rollouts(ids, mask, response_mask, sampler_logp, self.prompt_index[rows], texts, reasons, tensors)
+
+    def minibatches(self, count: int, seed: int) -> tuple[torch.Tensor, ...]:
+        """`count` near-equal random parts of the rows, as row numbers."""
+        order = torch.randperm(len(self.texts), generator=torch.Generator().manual_seed(seed))
+        return order.to(self.input_ids.device).tensor_split(count)
+
+    def microbatches(self, rows: torch.Tensor, budget: int) -> Iterator["Rollouts"]:
+        """The given rows in parts alike in length, each at most `budget` tokens with its padding (but one row)."""
+        lengths = self.attention_mask.sum(1)[rows]  # [R] prompt + response
+        part: list[int] = []
+        for i in lengths.argsort(descending=True, stable=True).tolist():
+            if part and (len(part) + 1) * int(lengths[part[0]]) > budget:
+                yield self.select(rows[part])
+                part = []
+            part.append(i)
+        if part:
+            yield self.select(rows[part])
+
+
+def left_pad(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, [P, L] each."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def collate(prompts, responses, logps, finish_reasons, tokenizer, device) -> Rollouts:
+    """Rollouts from lists of token ids: P prompts, and B = P * G responses in prompt order with their log-probs."""
+    group_size, pad, width = len(responses) // len(prompts), tokenizer.pad_token_id, max(map(len, responses))
+    index = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [B]
+    ids, attention = (x[index] for x in left_pad(prompts, pad, device))  # [B, L] each
+    response_ids = torch.tensor([r + [pad] * (width - len(r)) for r in responses], device=device)  # [B, T]
+    logp = torch.tensor([x + [0.0] * (width - len(x)) for x in logps], device=device)  # [B, T]
+    lengths = torch.tensor([[len(r)] for r in responses], device=device)  # [B, 1]
+    mask = torch.arange(width, device=device) < lengths  # [B, T] by length, never by token id: pad may equal eos
+    ids, attention = torch.cat([ids, response_ids], 1), torch.cat([attention, mask.long()], 1)  # [B, L + T]
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return Rollouts(ids, attention, mask, logp, index, texts, finish_reasons)
+
+
+# --- the model and its log-probs ---
+
+
+def load_model(path: str, device: torch.device):
+    """(model, tokenizer) of a Hugging Face folder or Hub name; float32 weights, or updates of 1e-6 would be lost."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(f"--model {path}: neither a folder here nor to be had from the Hub: {reason}") from None
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.eval()  # no dropout: sampler, old and current log-probs must be those of one function
+    ids = torch.tensor([[tokenizer.eos_token_id] * 2], device=device)
+    with torch.no_grad():  # token_logprobs applies the head itself: make sure that this is all there is to it
+        by_head = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+        if not torch.allclose(by_head, model(ids).logits, atol=1e-3):
+            raise SystemExit(f"--model {path}: it changes its logits after the LM head, which is not supported here")
+    return model, tokenizer
+
+
+def head_logprobs(head, hidden, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each target and entropy of its distribution, [N] each, from hidden states [N, H]."""
+    logits = head(hidden).float() / temperature  # [N, V]
+    log_z = logits.logsumexp(-1)  # [N]
+    logp = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z  # [N]
+    with torch.no_grad():
+        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)  # [N] H = log Z - sum_v p_v logit_v
+    return logp, entropy
+
+
+def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the response tokens, with gradient, and entropies in nats, without: [B, T] float32, 0 off the mask.
+
+    Taken at the sampling temperature: the policy that acted is softmax(logits / temperature). The LM head runs on
+    response positions only and in chunks that are computed again in the backward pass, so [B, T, V] never exists.
+    """
+    mask = batch.response_mask  # [B, T]
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L + T] left padding does not count
+    hidden = model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
+    ).last_hidden_state  # [B, L + T, H]
+    hidden = hidden[:, -mask.shape[1] - 1 : -1][mask]  # [N, H] the state one to the left predicts the token
+    targets = batch.input_ids[:, -mask.shape[1] :][mask]  # [N]
+    head = model.get_output_embeddings()
+    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    if len(targets) <= chunk:
+        logp, entropy = head_logprobs(head, hidden, targets, temperature)
+    else:
+        pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        parts = [checkpoint(head_logprobs, head, h, t, temperature, use_reentrant=False) for h, t in pairs]
+        logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    zeros = torch.zeros(mask.shape, device=mask.device, dtype=logp.dtype)
+    return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
+
+
+@torch.no_grad()
+def batch_logprobs(model, batch: Rollouts, temperature: float, budget: int) -> torch.Tensor:
+    """[B, T] log-probs of a whole batch without gradient, computed in micro-batches of at most `budget` tokens."""
+    logp = torch.zeros_like(batch.sampler_logp)
+    batch["row"] = torch.arange(len(logp), device=logp.device)
+    for micro in batch.microbatches(batch["row"], budget):
+        part, _ = token_logprobs(model, micro, temperature)
+        logp[micro["row"], : part.shape[1]] = part
+    return logp
+
+
+# --- samplers ---
+
+
+def check_sampler(name: str) -> str:
+    """What --sampler means here, "hf" or "vllm"; one clear line, before any model loads, where vLLM cannot run."""
+    installed, several = importlib.util.find_spec("vllm") is not None, int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if name == "hf" or (name == "auto" and (several or not installed or not torch.cuda.is_available())):
+        return "hf"
+    if not installed:
+        raise SystemExit("--sampler vllm: vLLM is not installed: pip install '.[vllm]', or use --sampler hf")
+    if several:
+        raise SystemExit("--sampler vllm runs in one process: use --sampler hf with several")
+    from vllm.platforms import current_platform
+
+    if not torch.cuda.is_available() and not current_platform.is_cpu():
+        raise SystemExit("--sampler vllm: this vLLM needs a CUDA GPU and sees none: use --sampler hf")
+    return "vllm"
+
+
+def make_sampler(config, policy, tokenizer, accelerator):
+    """The sampler of --sampler, ready to write responses with the policy's present weights."""
+    eos, stop = policy.generation_config.eos_token_id, stop_strings(resolve_template(tokenizer, config.template))
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}  # some models have several
+    sampler = VLLMSampler if check_sampler(config.sampler) == "vllm" else HFSampler
+    return sampler(config, policy, tokenizer, ends, stop, accelerator.autocast)
+
+
+class HFSampler:
+    """Samples from the policy itself. The prompt of a group is computed once; finished responses leave the batch."""
+
+    def __init__(self, config, policy, tokenizer, ends: set[int], stop: list[str], autocast):
+        self.policy, self.tokenizer, self.ends, self.stop, self.autocast = policy, tokenizer, ends, stop, autocast
+        self.max_new_tokens, self.device = config.max_new_tokens, policy.device
+
+    def push(self, policy) -> None:
+        """Nothing to do: it samples from the very weights that are trained."""
+
+    def sleep(self) -> None:
+        """Nothing to free."""
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], n: int, temperature: float, seed: int) -> Rollouts:
+        """n responses to each of P prompts (token ids); temperature 0 is greedy. The same seed gives the same ones."""
+        generator, cache = torch.Generator(self.device).manual_seed(seed), DynamicCache(config=self.policy.config)
+        ids, mask = left_pad(prompts, self.tokenizer.pad_token_id, self.device)  # [P, L] each
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # [P, L]
+        alive = list(range(len(prompts) * n))  # b of the B rows are still being written
+        responses, logps, finish_reasons = [[] for _ in alive], [[] for _ in alive], ["length" for _ in alive]
+        for t in range(self.max_new_tokens):
+            inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "logits_to_keep": 1}
+            with self.autocast():  # without padding attention needs no mask, and is faster
+                logits = self.policy(attention_mask=None if mask.all() else mask, **inputs).logits[:, -1]  # [b, V]
+            if t == 0:  # the prompt of a group was computed once; from here on its n responses part
+                logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions[:, -1:]))
+                cache.batch_repeat_interleave(n)
+            logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [b, V]
+            ids = torch.multinomial(logp.exp(), 1, generator=generator) if temperature else logp.argmax(-1, True)
+            for i, token, x in zip(alive, ids[:, 0].tolist(), logp.gather(-1, ids)[:, 0].tolist(), strict=True):
+                responses[i].append(token)
+                logps[i].append(x)
+                tail = self.tokenizer.decode(responses[i][-20:]) if self.stop else ""
+                if token in self.ends or any(text in tail for text in self.stop):
+                    finish_reasons[i] = "stop"
+            keep = [j for j, i in enumerate(alive) if finish_reasons[i] == "length"]
+            if not keep:
+                break
+            if len(keep) < len(alive):
+                alive, rows = [alive[j] for j in keep], torch.tensor(keep, device=self.device)
+                ids, mask, positions = ids[rows], mask[rows], positions[rows]
+                cache.batch_select_indices(rows)
+            mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions + 1
+        return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device)
+
+
+class VLLMSampler:
+    """Samples with vLLM in this process. The trained weights are pushed into it after every update, and checked."""
+
+    def __init__(self, config, policy, tokenizer, ends: set[int], stop: list[str], autocast):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over, not serialised
+        from vllm import LLM, SamplingParams
+
+        self.policy, self.tokenizer, self.ends, self.stop, self.autocast = policy, tokenizer, ends, stop, autocast
+        self.max_new_tokens, self.SamplingParams = config.max_new_tokens, SamplingParams
+        self.cuda, self.asleep = policy.device.type == "cuda", False
+        memory = {"gpu_memory_utilization": 0.5} if self.cuda else {"kv_cache_memory_bytes": 2**30}
+        self.llm = LLM(
+            config.model, dtype="bfloat16" if self.cuda else "float32", enforce_eager=not self.cuda,
+            max_model_len=config.max_prompt_tokens + config.max_new_tokens, enable_sleep_mode=self.cuda,
+            logprobs_mode="processed_logprobs", **memory,  # log-probs of the distribution that is sampled
+        )  # fmt: skip
+        self.noise = self._gap()  # both sides have the same weights yet: this is what rounding does
+
+    def push(self, policy) -> None:
+        """Give vLLM the policy's present weights, wake it, and stop if they evidently did not arrive."""
+        if self.asleep:
+            torch.cuda.empty_cache()  # vLLM cannot wake in memory that torch merely keeps
+            self.llm.wake_up(tags=["weights"])
+        weights = ((name, parameter.detach()) for name, parameter in policy.named_parameters())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        self.llm.reset_prefix_cache()  # cached keys and values are those of the old weights
+        gap = self._gap()
+        if gap > 0.01 + 10 * self.noise:
+            raise RuntimeError(
+                f"the pushed weights did not arrive in vLLM: its log-probs differ from the trainer's by {gap:.2g} nats "
+                f"per token, and by {self.noise:.2g} when it was loaded. Use --sampler hf, or another vLLM"
+            )
+
+    def sleep(self) -> None:
+        """Leave the GPU's memory to the update. Weights and cache go: the next push brings the weights back."""
+        if self.cuda:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def generate(self, prompts: list[list[int]], n: int, temperature: float, seed: int, limit: int = 0) -> Rollouts:
+        """n responses to each of P prompts (token ids); temperature 0 is greedy. The same seed gives the same ones."""
+        flags = {"n": n, "temperature": temperature, "max_tokens": limit or self.max_new_tokens, "logprobs": 0}
+        flags |= {"stop": self.stop, "include_stop_str_in_output": True, "detokenize": bool(self.stop)}
+        flags |= {"stop_token_ids": list(self.ends)}
+        draw = random.Random(seed)  # vLLM gives sample i of a request the seed s + i, so each request needs its own s
+        params = [self.SamplingParams(seed=draw.randrange(2**31), **flags) for _ in prompts]
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = [out for request in self.llm.generate(requests, params, use_tqdm=False) for out in request.outputs]
+        responses = [list(out.token_ids) for out in outputs]
+        logps = [[by_id[i].logprob for i, by_id in zip(out.token_ids, out.logprobs, strict=True)] for out in outputs]
+        finish_reasons = [out.finish_reason for out in outputs]
+        return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.policy.device)
+
+    def _gap(self) -> float:
+        """Mean |log-prob in vLLM - log-prob in the trainer| in nats, on a few short samples."""
+        prompts = [self.tokenizer.encode(text) for text in ("1 + 1 =", "The answer is", "3+4+5=")]
+        batch = self.generate(prompts, n=2, temperature=1.0, seed=0, limit=16)
+        with torch.no_grad(), self.autocast():
+            logp, _ = token_logprobs(self.policy, batch, temperature=1.0)
+        return (logp - batch.sampler_logp)[batch.response_mask].abs().mean().item()

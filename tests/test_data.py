@@ -1,0 +1,456 @@
+"""Tests of data.py: splits, files and their error lines, prompts, the draw of each step, demonstrations."""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+
+PROCEDURAL = ["arithmetic", "arithmetic:2", "arithmetic:4", "arithmetic_words", "countdown", "countdown:2"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+GSM8K_ROWS = [
+    {
+        "question": "Ann has 3 boxes of 4 pens and finds 2 more pens. How many pens has she?",
+        "answer": "The boxes hold 3*4=<<3*4=12>>12 pens.\nShe has 12+2=<<12+2=14>>14 pens.\n#### 14",
+    },
+    {
+        "question": "A house costs $900,000 and its garden $350,000. What do they cost together?",
+        "answer": "Together 900000+350000=$<<900000+350000=1250000>>1,250,000.\n#### $1,250,000",
+    },
+]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def questions(examples):
+    return [example["question"] for example in examples]
+
+
+def make_tokenizer(chat_template=None):
+    """One token per character, and <s> in front of every text unless special tokens are turned off."""
+    vocabulary = {"<s>": 0, "<unk>": 1, "\n": 2} | {chr(code): code - 29 for code in range(32, 127)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.decoder = decoders.Fuse()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+    wrapped.chat_template = chat_template
+    return wrapped
+
+
+# --- procedural tasks ---
+
+
+@pytest.mark.parametrize("name", PROCEDURAL)
+def test_procedural_splits_are_disjoint_and_without_repeats(name):
+    task = data.load_task(name)
+    everything = questions(task.train + task.test)
+    assert task.train and task.test
+    assert len(set(everything)) == len(everything)
+    assert all(character == "\n" or " " <= character <= "~" for question in everything for character in question)
+
+
+def test_default_sizes_and_levels():
+    task = data.load_task("arithmetic")
+    assert (len(task.train), len(task.test)) == (8000, 512)
+    assert collections.Counter(example["level"] for example in task.test) == {3: 128, 4: 128, 5: 128, 6: 128}
+    shares = collections.Counter(example["level"] for example in task.train)
+    assert set(shares) == {3, 4, 5, 6}
+    assert 500 < shares[3] < 729  # there are only 729 sums of three digits
+    assert max(shares[level] for level in (4, 5, 6)) - min(shares[level] for level in (4, 5, 6)) <= 1
+    # Level 2 has only 81 questions, and all of them are used.
+    assert len(data.load_task("arithmetic:2").train) + len(data.load_task("arithmetic:2").test) == 81
+
+
+def test_a_question_held_out_at_one_setting_is_trained_on_at_none():
+    held_out = set(questions(data.load_task("arithmetic:3").test + data.load_task("arithmetic:4").test))
+    assert not held_out & set(questions(data.load_task("arithmetic").train))
+
+
+@pytest.mark.parametrize(
+    "name, levels", [("arithmetic:4", {4}), ("arithmetic:2-5", {2, 3, 4, 5}), ("arithmetic_words", {2, 3})]
+)
+def test_arithmetic_answers_and_levels(name, levels):
+    task = data.load_task(name)
+    for split in (task.train, task.test):
+        assert {example["level"] for example in split} == levels
+        for example in split:
+            text = example["question"].removeprefix("What is ").rstrip("?=").replace(" ", "")
+            digits = text.split("+")
+            assert len(digits) == example["level"] and set(digits) <= set("123456789")
+            assert example["answer"] == str(sum(int(digit) for digit in digits))
+            assert example["verifier"] == "number"
+
+
+def test_question_styles():
+    for question in questions(data.load_task("arithmetic").test):
+        assert question.endswith("=") and " " not in question
+    for question in questions(data.load_task("arithmetic_words").test):
+        assert question.startswith("What is ") and question.endswith("?") and " + " in question
+
+
+def reachable(numbers):
+    """All positive integers that some expression over exactly these numbers reaches (brute force)."""
+    if len(numbers) == 1:
+        return {numbers[0]}
+    found = set()
+    for i in range(len(numbers)):
+        for j in range(len(numbers)):
+            if i == j:
+                continue
+            a, b = numbers[i], numbers[j]
+            rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
+            results = [a + b, a * b] + ([a - b] if a > b else []) + ([a // b] if a % b == 0 else [])
+            for result in results:
+                found |= reachable([*rest, result])
+    return found
+
+
+def test_countdown_is_solvable():
+    task = data.load_task("countdown")
+    assert not any(example["target"] in reachable([1, 2]) for example in task.test)  # the search does not accept all
+    assert {example["level"] for example in task.test} == {3, 4}
+    for example in task.test[:150] + task.train[:150]:
+        assert example["target"] in reachable(example["numbers"])
+
+
+def test_countdown_examples_are_well_formed():
+    for example in data.load_task("countdown:2-5").train:
+        numbers, target = example["numbers"], example["target"]
+        assert len(numbers) == example["level"] and example["verifier"] == "countdown"
+        assert 10 <= target <= 999 and target not in numbers
+        assert all(f" {number}" in example["question"] for number in [target, *numbers])
+        words = example["answer"].replace("(", " ").replace(")", " ").split()
+        assert sorted(int(word) for word in words if word.isdigit()) == numbers
+        assert eval(example["answer"]) == target
+
+
+def test_tasks_do_not_depend_on_the_process():
+    program = (
+        "import data, hashlib\n"
+        "for name in ['arithmetic', 'arithmetic_words', 'countdown:3']:\n"
+        "    print(hashlib.md5(repr(data.load_task(name)).encode()).hexdigest())\n"
+        "print(hashlib.md5(repr(data.demonstrations(500, 3)).encode()).hexdigest())\n"
+        "print(data.draw(list(range(50)), 7, 1, 20))\n"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(data.__file__).parent,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 5
+
+
+@pytest.mark.parametrize("name", ["arithmetic:1", "arithmetic:6-3", "arithmetic:x", "arithmetic:3-99", "countdown:1"])
+def test_bad_levels_are_refused(name):
+    with pytest.raises(SystemExit, match=f"--task {name}: levels"):
+        data.load_task(name)
+
+
+def test_bad_task_and_bad_data_flag():
+    with pytest.raises(SystemExit, match="arithmetic, arithmetic_words, countdown, gsm8k, math, qa"):
+        data.load_task("arithmetics")
+    with pytest.raises(SystemExit, match="drop --data"):
+        data.load_task("arithmetic:3", ("questions.jsonl",))
+    with pytest.raises(SystemExit, match="--task qa needs --data"):
+        data.load_task("qa")
+    with pytest.raises(SystemExit, match="--task math needs --data"):
+        data.load_task("math", ("a.jsonl", "b.jsonl", "c.jsonl"))
+
+
+# --- tasks from files and from the Hub ---
+
+
+def test_gsm8k_format(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", GSM8K_ROWS[:1])
+    test = write_jsonl(tmp_path / "test.jsonl", GSM8K_ROWS[1:])
+    task = data.load_task("gsm8k", (train, test))
+    assert task.train == [{**GSM8K_ROWS[0], "answer": "14", "verifier": "number", "solution": GSM8K_ROWS[0]["answer"]}]
+    assert task.test[0]["answer"] == "1250000"
+
+
+@pytest.mark.parametrize(
+    "task, text, answer, verifier",
+    [
+        ("qa", "17", "17", "number"),
+        ("qa", "-3.5", "-3.5", "number"),
+        ("qa", "2,500", "2500", "number"),
+        ("qa", "1,2", "1,2", "math"),
+        ("qa", "x+1", "x+1", "math"),
+        ("qa", "six\n#### 6", "6", "number"),
+        ("math", "17", "17", "math"),
+        ("math", "\\frac{1}{2}", "\\frac{1}{2}", "math"),
+        ("qa", "$.50", ".50", "number"),
+        ("qa", "$", "$", "math"),
+    ],
+)
+def test_answers_and_verifiers(task, text, answer, verifier):
+    example = data.to_example({"problem": " Q? ", "solution": text}, task, "here")
+    assert (example["question"], example["answer"], example["verifier"]) == ("Q?", answer, verifier)
+
+
+def test_one_file_is_split_and_repeats_are_dropped(tmp_path, capsys):
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(200)]
+    rows += [{"question": " What is  7 + 1?\n", "answer": "8"}] * 3
+    path = write_jsonl(tmp_path / "qa.jsonl", rows)
+    task = data.load_task("qa", (path,))
+    assert (len(task.train), len(task.test)) == (180, 20)
+    assert not set(questions(task.train)) & set(questions(task.test))
+    assert "3 repeated questions" in capsys.readouterr().out
+    assert data.load_task("qa", (path,)) == task
+
+
+def test_held_out_file_wins_over_train(tmp_path):
+    rows = [{"prompt": f"Question {i}", "response": str(i)} for i in range(6)]
+    train, test = write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[4:])
+    task = data.load_task("qa", (train, test))
+    assert questions(task.train) == [f"Question {i}" for i in range(4)]
+    assert questions(task.test) == ["Question 4", "Question 5"]
+    with pytest.raises(SystemExit, match="no question is left to train on"):
+        data.load_task("qa", (train, train))
+    with pytest.raises(SystemExit, match="no question is left to train on"):
+        data.load_task("qa", (write_jsonl(tmp_path / "one.jsonl", rows[:1]),))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"question": "q", "answer": ', "not JSON"),
+        (b'["q", "a"]', "not a JSON object"),
+        (b'{"answer": "1"}', 'no "question"'),
+        (b'{"question": "q"}', 'no "answer"'),
+        (b'{"question": "  ", "answer": "1"}', '"question" must be non-empty text'),
+        (b'{"question": "q", "answer": ""}', '"answer" must be non-empty text'),
+        (b'{"question": "q", "answer": 5}', '"answer" must be non-empty text in quotes, not 5'),
+        (b'{"question": ["q"], "answer": "5"}', '"question" must be non-empty text'),
+        (b'{"question": "q", "answer": null}', '"answer" must be non-empty text'),
+        (b'{"question": "q", "answer": "long #### "}', "nothing after ####"),
+        (b'{"question": "caf\xe9", "answer": "1"}', "not valid UTF-8"),
+        (b'{"question": "\\ud83d", "answer": "1"}', "not valid UTF-8"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_malformed_lines_name_file_and_line(tmp_path, line, message):
+    path = tmp_path / "questions.jsonl"
+    good = b'{"question": "caf\xc3\xa9?", "answer": "1"}\n'
+    path.write_bytes(good + b"\n" + good + line + b"\n" + good)  # the blank line counts
+    with pytest.raises(SystemExit) as caught:
+        data.load_task("qa", (str(path),))
+    assert str(caught.value).startswith(f"{path}:4: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_and_missing_files(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(SystemExit, match="empty.jsonl is empty"):
+        data.load_task("qa", (str(tmp_path / "empty.jsonl"),))
+    with pytest.raises(SystemExit, match="cannot read .*missing.jsonl: No such file"):
+        data.load_task("gsm8k", (str(tmp_path / "missing.jsonl"),))
+    with pytest.raises(SystemExit, match="cannot read"):
+        data.load_task("qa", (str(tmp_path),))
+
+
+def test_read_jsonl_of_pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "1+1=", "response": " 2\\n"}\r\n{"question": "2+2=", "completion": "4"}')
+    assert data.read_jsonl(str(path), ("prompt", "response")) == [
+        {"prompt": "1+1=", "response": " 2\n"},
+        {"prompt": "2+2=", "response": "4"},
+    ]
+    path.write_text('{"prompt": "1+1="}\n')
+    with pytest.raises(SystemExit, match='pairs.jsonl:1: no "response"'):
+        data.read_jsonl(str(path), ("prompt", "response"))
+
+
+def test_without_network_the_message_names_the_data_flag(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub\nand a second line")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    for name in ("gsm8k", "math"):
+        with pytest.raises(SystemExit, match="Couldn't reach the Hub.*--data path.jsonl") as caught:
+            data.load_task(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_hub_sources(monkeypatch):
+    asked = []
+    hub = {"train": [{"problem": "a", "answer": "1"}, {"problem": "b", "answer": "2"}]}
+
+    def load_dataset(name, config):
+        asked.append((name, config))
+        return hub
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    task = data.load_task("math")
+    assert sorted(questions(task.train + task.test)) == ["a", "b"]  # no test split: one of the two is held out
+    hub["test"] = [{"problem": "b", "answer": "2"}, {"problem": "c", "answer": "3"}]
+    task = data.load_task("gsm8k")
+    assert (questions(task.train), questions(task.test)) == (["a"], ["b", "c"])
+    data.load_task("qa", ("someone/some-set",))
+    assert asked == [("hiyouga/math12k", None), ("openai/gsm8k", "main"), ("someone/some-set", None)]
+    hub["test"] = [{"problem": "b", "answer": ["2"]}]
+    with pytest.raises(SystemExit, match="openai/gsm8k:main, test row 0: "):
+        data.load_task("gsm8k")
+    hub.clear()
+    with pytest.raises(SystemExit, match="neither a train nor a test split"):
+        data.load_task("gsm8k")
+
+
+# --- prompts ---
+
+EXAMPLE = {"question": "Is {x} 3+5?", "answer": "8", "verifier": "number"}
+
+
+def test_resolve_template_and_stop_strings():
+    plain, chat = make_tokenizer(), make_tokenizer(CHAT_TEMPLATE)
+    assert data.resolve_template(plain, "auto") == "plain"
+    assert data.resolve_template(chat, "auto") == "chat"
+    assert data.resolve_template(chat, "plain") == "plain"
+    assert data.stop_strings("plain") == []
+    assert data.stop_strings("r1") == data.stop_strings("chat") == ["</answer>"]
+    with pytest.raises(SystemExit, match="no chat template; use --template r1 or plain"):
+        data.encode_prompt(EXAMPLE, plain, "chat")
+    with pytest.raises(SystemExit, match="choose from auto, plain, r1, chat"):
+        data.resolve_template(plain, "R1")
+
+
+def test_rendered_prompts():
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    assert data.render_prompt(EXAMPLE, tokenizer, "plain") == EXAMPLE["question"]
+    r1 = data.render_prompt(EXAMPLE, tokenizer, "r1")
+    assert EXAMPLE["question"] in r1 and r1.endswith("Assistant:\n")  # <think> is left to the model
+    chat = data.render_prompt(EXAMPLE, tokenizer, "chat")
+    assert chat.startswith("<s>[user]" + EXAMPLE["question"]) and chat.endswith("[assistant]")
+    assert "<answer>" in chat and "<think>" in chat
+    assert data.render_prompt(EXAMPLE, tokenizer, "auto") == chat
+
+
+@pytest.mark.parametrize("template", ["plain", "r1", "chat"])
+def test_prompts_start_with_exactly_one_bos(template):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    ids = data.encode_prompt(EXAMPLE, tokenizer, template)
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.unk_token_id not in ids
+    rendered = data.render_prompt(EXAMPLE, tokenizer, template)
+    assert tokenizer.decode(ids) == (rendered if template == "chat" else "<s>" + rendered)
+    if template == "chat":
+        messages = [{"role": "user", "content": f"{EXAMPLE['question']}\n\n{data.CHAT_INSTRUCTION}"}]
+        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def test_too_long_prompts_are_counted_and_left_out(capsys):
+    tokenizer = make_tokenizer()
+    examples = [{"question": "x" * length, "answer": "1", "verifier": "number"} for length in (3, 4, 5, 6)]
+    kept = data.encode_prompts(examples, tokenizer, "plain", max_prompt_tokens=5)  # <s> counts
+    assert questions(kept) == ["xxx", "xxxx"]
+    assert kept[0]["prompt_ids"] == data.encode_prompt(examples[0], tokenizer, "plain")
+    assert "prompt_ids" not in examples[0]
+    assert capsys.readouterr().out == (
+        "data: 2 of 4 train prompts are longer than --max-prompt-tokens 5 and were left out\n"
+    )
+    assert len(data.encode_prompts(examples, tokenizer, "plain", 100, split="test")) == 4
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit, match="all test prompts are longer than --max-prompt-tokens 3"):
+        data.encode_prompts(examples, tokenizer, "plain", 3, split="test")
+
+
+def test_describe_shows_the_prompt_as_the_model_sees_it():
+    task = data.Task("tiny", [EXAMPLE], [EXAMPLE, EXAMPLE])
+    text = data.describe(task, make_tokenizer(CHAT_TEMPLATE), "auto")
+    assert "tiny: 1 training and 2 held-out questions" in text
+    assert "<s>[user]Is {x} 3+5?" in text and "[assistant]" in text and "answer: 8" in text
+    assert "plain (the tokenizer has no chat template)" in data.describe(task, make_tokenizer(), "auto")
+
+
+# --- which prompts a step sees ---
+
+
+@pytest.mark.parametrize("size, n", [(12, 4), (10, 4), (7, 7), (7, 5), (5, 1), (3, 8)])
+def test_draw_walks_through_permutations(size, n):
+    examples = list(range(size))
+    steps = [data.draw(examples, n, seed=0, step=step) for step in range(1, 4 * size + 1)]
+    assert all(len(drawn) == n for drawn in steps)
+    if n <= size:
+        assert all(len(set(drawn)) == n for drawn in steps)
+    walk = sum(steps, [])
+    for start in range(0, len(walk) - size + 1, size):
+        assert sorted(walk[start : start + size]) == examples
+
+
+def test_draw_is_a_pure_function_of_seed_and_step():
+    examples = list(range(100))
+    forwards = [data.draw(examples, 10, seed=1, step=step) for step in range(1, 31)]
+    backwards = [data.draw(examples, 10, seed=1, step=step) for step in range(30, 0, -1)]
+    assert forwards == backwards[::-1]
+    assert forwards != [data.draw(examples, 10, seed=2, step=step) for step in range(1, 31)]
+    assert sum(forwards[:10], []) != sum(forwards[10:20], [])  # another order in the second epoch
+    assert examples == list(range(100))
+
+
+# --- demonstrations ---
+
+
+def kind_of(response):
+    """The kind of a demonstration, told from its format alone."""
+    if response.startswith("<answer>"):
+        return "guess"
+    if ",wait" in response:
+        return "ramble"
+    return "think" if response.endswith("</answer>") else "broken"
+
+
+def test_demonstrations():
+    task = data.load_task("arithmetic")
+    pairs = data.demonstrations(4000, seed=0)
+    prompts = {pair["prompt"] for pair in pairs}
+    assert prompts <= set(questions(task.train)) and not prompts & set(questions(task.test))
+    assert pairs == data.demonstrations(4000, seed=0) != data.demonstrations(4000, seed=1)
+
+    kinds = collections.defaultdict(list)
+    for pair in pairs:
+        kinds[kind_of(pair["response"])].append((pair["response"], sum(map(int, pair["prompt"][:-1].split("+")))))
+    for kind, share in data.MIXTURE.items():
+        assert len(kinds[kind]) / len(pairs) == pytest.approx(share, abs=0.03)
+
+    for response, total in kinds["think"]:
+        assert response.startswith("<think>") and response.endswith(f"</think><answer>{total}</answer>")
+        sums = response[len("<think>") : response.index("</think>")].split(",")
+        assert all(eval(left) == int(right) for left, right in (step.split("=") for step in sums))
+    right = sum(response == f"<answer>{total}</answer>" for response, total in kinds["guess"])
+    assert 0 < right < 0.15 * len(kinds["guess"])
+    assert not any("<answer>" in response and "</answer>" in response for response, _ in kinds["broken"])
+    answered = sum("</answer>" in response for response, _ in kinds["ramble"])
+    assert 0.4 < answered / len(kinds["ramble"]) < 0.6
+    assert all(65 <= len(response) <= 110 for response, _ in kinds["ramble"])
+
+
+def test_running_sums_of_one_demonstration():
+    assert (
+        data.demonstrate({"question": "3+5+9="}, "think", rng=None) == "<think>3+5=8,8+9=17</think><answer>17</answer>"
+    )
+
+
+def test_demonstrations_may_outnumber_the_questions():
+    pairs = data.demonstrations(9000, seed=0)
+    assert len(pairs) == 9000 and len({pair["prompt"] for pair in pairs}) == 8000
