@@ -23,6 +23,8 @@ TRAIN_SIZE = 8000
 TEST_SIZE = 512
 
 LEVELS = {"arithmetic": "3-6", "arithmetic_words": "2-3", "countdown": "3-4"}  # task -> its default levels
+# How arithmetic_words asks; two examples show even a small pretrained model how to answer.
+WORDS = "What is 2 + 5? <answer>7</answer>\nWhat is 6 + 3? <answer>9</answer>\nWhat is {}?"
 HUB = {"gsm8k": "openai/gsm8k:main", "math": "hiyouga/math12k", "qa": None}  # task -> its Hub source, name:config
 
 # The column names we accept for each field. The first one that a row has is used.
@@ -90,7 +92,7 @@ def arithmetic_pool(level: int, in_words: bool) -> list[dict]:
     pool = []
     for index in sums:
         digits = [index // 9**place % 9 + 1 for place in range(level)]
-        question = f"What is {' + '.join(map(str, digits))}?" if in_words else "+".join(map(str, digits)) + "="
+        question = WORDS.format(" + ".join(map(str, digits))) if in_words else "+".join(map(str, digits)) + "="
         pool.append({"question": question, "answer": str(sum(digits)), "verifier": "number", "level": level})
     return pool
 
@@ -221,15 +223,16 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
 
 
 def pick_fields(row: dict, fields: tuple[str, ...], where: str) -> dict:
-    """The named fields of a row as non-empty text, under any column name that COLUMNS accepts."""
+    """The named fields of a row as non-empty text, under any column name that COLUMNS accepts. Numbers become text."""
     picked = {}
     for field in fields:
         column = next((column for column in COLUMNS[field] if column in row), None)
         if column is None:
             raise SystemExit(f'{where}: no "{field}"; accepted names: {", ".join(COLUMNS[field])}')
-        if not isinstance(row[column], str) or not row[column].strip():
-            raise SystemExit(f'{where}: "{column}" must be non-empty text in quotes, not {row[column]!r:.40}')
-        picked[field] = row[column]
+        value = str(row[column]) if type(row[column]) in (int, float) else row[column]
+        if not isinstance(value, str) or not value.strip():
+            raise SystemExit(f'{where}: "{column}" must be non-empty text or a number, not {value!r:.40}')
+        picked[field] = value
     return picked
 
 
@@ -266,10 +269,6 @@ R1_PROMPT = (
     "User: {question}\n"
     "Assistant:\n"
 )
-CHAT_INSTRUCTION = (
-    "Reason inside <think> and </think> tags first. Then put the final answer, and nothing else, "
-    "inside <answer> and </answer> tags."
-)
 
 
 def resolve_template(tokenizer, template: str) -> str:
@@ -285,7 +284,7 @@ def resolve_template(tokenizer, template: str) -> str:
 
 def stop_strings(template: str) -> list[str]:
     """Where a response ends, besides the end-of-sequence token. Takes a resolved template."""
-    return ["</answer>"] if template in ("r1", "chat") else []
+    return ["</answer>"] if template == "r1" else []
 
 
 def render_prompt(example: dict, tokenizer, template: str) -> str:
@@ -296,7 +295,7 @@ def render_prompt(example: dict, tokenizer, template: str) -> str:
         return question
     if template == "r1":
         return R1_PROMPT.format(question=question)
-    messages = [{"role": "user", "content": f"{question}\n\n{CHAT_INSTRUCTION}"}]
+    messages = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
@@ -329,13 +328,15 @@ def describe(task: Task, tokenizer, template: str) -> str:
     example = task.train[0]
     ids = encode_prompt(example, tokenizer, template)
     has_chat = "has a" if tokenizer.chat_template else "has no"
-    return "\n".join([
-        f"task      {task.name}: {len(task.train)} training and {len(task.test)} held-out questions",
-        f"template  {resolve_template(tokenizer, template)} (the tokenizer {has_chat} chat template)",
-        f"---- a prompt, {len(ids)} tokens ----",
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
-        f"---- its answer: {example['answer']} ----",
-    ])
+    return "\n".join(
+        [
+            f"task      {task.name}: {len(task.train)} training and {len(task.test)} held-out questions",
+            f"template  {resolve_template(tokenizer, template)} (the tokenizer {has_chat} chat template)",
+            f"---- a prompt, {len(ids)} tokens ----",
+            tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+            f"---- its answer: {example['answer']} ----",
+        ]
+    )
 
 
 def load_prompts(config, tokenizer) -> tuple[list[dict], list[dict]]:

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 
 from data import draw, load_prompts
 from rewards import parse_weights, score, total
-from rollout import batch_logprobs, load_model, make_sampler, token_logprobs
+from rollout import batch_logprobs, check_sampler, load_model, make_sampler, token_logprobs
 from run import Run, parse, sum_gradients
 
 
@@ -38,7 +38,7 @@ class Config:
     template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question becomes a prompt
     sampler: Literal["auto", "hf", "vllm"] = "auto"  # what writes the responses
     rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards of rewards.py with their weights
-    steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
+    steps: int = 60  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
     group_size: int = 8  # G: responses per question
     max_prompt_tokens: int = 512  # longer prompts are left out, tokens
@@ -47,7 +47,7 @@ class Config:
     epochs: int = 1  # mu: passes over each rollout
     minibatches: int = 1  # updates per pass
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
-    lr: float = 1e-3  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
+    lr: float = 2e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
@@ -112,11 +112,11 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, num_responses, beta, c
 
 
 def main(config: Config) -> None:
-    accelerator = Accelerator(
-        mixed_precision="bf16" if torch.cuda.is_available() else "no", log_with=config.track or None, project_dir="runs"
-    )
+    cuda = torch.cuda.is_available()
+    precision, tracker = "bf16" if cuda else "no", config.track or None
+    accelerator = Accelerator(cpu=not cuda, mixed_precision=precision, log_with=tracker, project_dir="runs")
     run = Run(config, accelerator)
-    weights = parse_weights(config.rewards)
+    weights, _ = parse_weights(config.rewards), check_sampler(config.sampler)  # wrong flags end here, not in an hour
 
     policy, tokenizer = load_model(config.model, accelerator.device)
     reference = load_model(config.model, accelerator.device)[0] if config.beta else None
@@ -142,7 +142,7 @@ def main(config: Config) -> None:
 
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
-        scores = score(batch.texts, examples, {"accuracy", *weights})  # name -> B numbers
+        scores = score(batch.texts, examples, weights)  # name -> B numbers
         batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
         batch["advantages"] = group_advantages(batch["rewards"], config.group_size)  # [B]
         with accelerator.autocast():

@@ -57,7 +57,8 @@ def parse_weights(specs) -> dict[str, float]:
 
 
 def score(responses, examples, names) -> dict[str, list[float]]:
-    """One list of values per named reward, in the order of the responses."""
+    """One list of values per named reward, in the order of the responses. "accuracy" is always among them."""
+    names = dict.fromkeys(["accuracy", *names])
     return {name: [call(name, *pair) for pair in zip(responses, examples, strict=True)] for name in names}
 
 
@@ -100,6 +101,14 @@ def format(response: str, example: dict) -> float:
     enclosed = rest.startswith("<answer>") and rest.endswith("</answer>")
     repeated = any(tag in reasoning or tag in answer for tag in TAGS)
     return float(enclosed and not repeated and answer.strip() != "")
+
+
+@reward
+def tagged(response: str, example: dict) -> float:
+    """1 if the response ends with an answer between <answer> and </answer>, its only one; no reasoning is asked for."""
+    before, opening, rest = response.rstrip().partition("<answer>")
+    answer, closing, after = rest.partition("</answer>")
+    return float(bool(opening and answer.strip() and closing) and after == "" and "<answer>" not in answer)
 
 
 @reward

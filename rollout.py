@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import logging
 
 from data import resolve_template, stop_strings
 
+logging.disable_progress_bar()  # ours shows the training
 LOGITS_AT_ONCE = 2**25  # logits that stand in memory together: 128 MiB in float32, whatever B, T and the vocabulary
 
 # --- the batch ---
@@ -68,12 +70,13 @@ class Rollouts:
 
     def microbatches(self, rows: torch.Tensor, budget: int) -> Iterator["Rollouts"]:
         """The given rows in parts alike in length, each at most `budget` tokens with its padding (but one row)."""
-        lengths = self.attention_mask.sum(1)[rows]  # [R] prompt + response
-        part: list[int] = []
-        for i in lengths.argsort(descending=True, stable=True).tolist():
-            if part and (len(part) + 1) * int(lengths[part[0]]) > budget:
+        sizes = torch.stack([self.attention_mask.sum(1) - self.lengths, self.lengths])[:, rows].tolist()  # [2][R]
+        part, left, right = [], 0, 0
+        for length, i in sorted(((length, i) for i, length in enumerate(sizes[1])), reverse=True):
+            left, right = max(left, sizes[0][i]), max(right, length)
+            if part and (len(part) + 1) * (left + right) > budget:
                 yield self.select(rows[part])
-                part = []
+                part, left, right = [], sizes[0][i], length
             part.append(i)
         if part:
             yield self.select(rows[part])
@@ -110,8 +113,7 @@ def load_model(path: str, device: torch.device):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SystemExit(f"--model {path}: neither a folder here nor to be had from the Hub: {reason}") from None
+        raise SystemExit(f"--model {path} is no folder here, nor on the Hub: {str(error).splitlines()[0]}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.eval()  # no dropout: sampler, old and current log-probs must be those of one function
     ids = torch.tensor([[tokenizer.eos_token_id] * 2], device=device)
@@ -124,12 +126,10 @@ def load_model(path: str, device: torch.device):
 
 def head_logprobs(head, hidden, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target and entropy of its distribution, [N] each, from hidden states [N, H]."""
-    logits = head(hidden).float() / temperature  # [N, V]
-    log_z = logits.logsumexp(-1)  # [N]
-    logp = logits.gather(-1, targets[:, None]).squeeze(-1) - log_z  # [N]
+    log_p = (head(hidden).float() / temperature).log_softmax(-1)  # [N, V]
     with torch.no_grad():
-        entropy = log_z - ((logits - log_z[:, None]).exp() * logits).sum(-1)  # [N] H = log Z - sum_v p_v logit_v
-    return logp, entropy
+        entropy = -(log_p.exp() * log_p).sum(-1)  # [N]
+    return log_p.gather(-1, targets[:, None]).squeeze(-1), entropy  # [N], [N]
 
 
 def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,10 +176,11 @@ def check_sampler(name: str) -> str:
     installed, several = importlib.util.find_spec("vllm") is not None, int(os.environ.get("WORLD_SIZE", 1)) > 1
     if name == "hf" or (name == "auto" and (several or not installed or not torch.cuda.is_available())):
         return "hf"
-    if not installed:
-        raise SystemExit("--sampler vllm: vLLM is not installed: pip install '.[vllm]', or use --sampler hf")
-    if several:
-        raise SystemExit("--sampler vllm runs in one process: use --sampler hf with several")
+    if not installed or several:
+        problem = "runs in one process" if installed else "is not installed: pip install '.[vllm]'"
+        raise SystemExit(f"--sampler vllm: vLLM {problem}; or use --sampler hf")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over, not serialised
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # or it fills the screen; read at its first import
     from vllm.platforms import current_platform
 
     if not torch.cuda.is_available() and not current_platform.is_cpu():
@@ -246,51 +247,42 @@ class VLLMSampler:
     """Samples with vLLM in this process. The trained weights are pushed into it after every update, and checked."""
 
     def __init__(self, config, policy, tokenizer, ends: set[int], stop: list[str], autocast):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over, not serialised
         from vllm import LLM, SamplingParams
 
         self.policy, self.tokenizer, self.ends, self.stop, self.autocast = policy, tokenizer, ends, stop, autocast
         self.max_new_tokens, self.SamplingParams = config.max_new_tokens, SamplingParams
-        self.cuda, self.asleep = policy.device.type == "cuda", False
+        self.cuda = policy.device.type == "cuda"
         memory = {"gpu_memory_utilization": 0.5} if self.cuda else {"kv_cache_memory_bytes": 2**30}
         self.llm = LLM(
-            config.model, dtype="bfloat16" if self.cuda else "float32", enforce_eager=not self.cuda,
-            max_model_len=config.max_prompt_tokens + config.max_new_tokens, enable_sleep_mode=self.cuda,
-            logprobs_mode="processed_logprobs", **memory,  # log-probs of the distribution that is sampled
+            config.model, dtype="bfloat16" if self.cuda else "float32", enforce_eager=not self.cuda, **memory,
+            max_model_len=min(config.max_prompt_tokens + config.max_new_tokens, policy.config.max_position_embeddings),
+            logprobs_mode="processed_logprobs", enable_sleep_mode=self.cuda,  # "processed": at the temperature
         )  # fmt: skip
         self.noise = self._gap()  # both sides have the same weights yet: this is what rounding does
 
     def push(self, policy) -> None:
         """Give vLLM the policy's present weights, wake it, and stop if they evidently did not arrive."""
-        if self.asleep:
-            torch.cuda.empty_cache()  # vLLM cannot wake in memory that torch merely keeps
-            self.llm.wake_up(tags=["weights"])
-        weights = ((name, parameter.detach()) for name, parameter in policy.named_parameters())
+        torch.cuda.empty_cache()  # vLLM cannot wake in memory that torch merely keeps
+        self.llm.wake_up(tags=["weights"])  # does nothing where it is awake
+        weights = policy.state_dict().items()  # names a tied LM head too, of which vLLM may keep a copy
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
-            self.asleep = False
+        self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # cached keys and values are those of the old weights
-        gap = self._gap()
-        if gap > 0.01 + 10 * self.noise:
-            raise RuntimeError(
-                f"the pushed weights did not arrive in vLLM: its log-probs differ from the trainer's by {gap:.2g} nats "
-                f"per token, and by {self.noise:.2g} when it was loaded. Use --sampler hf, or another vLLM"
-            )
+        if not (gap := self._gap()) <= 0.01 + 10 * self.noise:  # also where it is nan
+            told = f"log-probs differ by {gap:.2g} nats per token from the trainer's, at first by {self.noise:.2g}"
+            raise RuntimeError(f"the pushed weights did not arrive in vLLM: {told}; use --sampler hf, or another vLLM")
 
     def sleep(self) -> None:
         """Leave the GPU's memory to the update. Weights and cache go: the next push brings the weights back."""
         if self.cuda:
             self.llm.sleep(level=2)
-            self.asleep = True
 
     def generate(self, prompts: list[list[int]], n: int, temperature: float, seed: int, limit: int = 0) -> Rollouts:
         """n responses to each of P prompts (token ids); temperature 0 is greedy. The same seed gives the same ones."""
         flags = {"n": n, "temperature": temperature, "max_tokens": limit or self.max_new_tokens, "logprobs": 0}
-        flags |= {"stop": self.stop, "include_stop_str_in_output": True, "detokenize": bool(self.stop)}
-        flags |= {"stop_token_ids": list(self.ends)}
-        draw = random.Random(seed)  # vLLM gives sample i of a request the seed s + i, so each request needs its own s
-        params = [self.SamplingParams(seed=draw.randrange(2**31), **flags) for _ in prompts]
+        flags |= {"stop": self.stop, "detokenize": bool(self.stop), "stop_token_ids": list(self.ends)}
+        seeds = random.Random(seed).sample(range(2**31), len(prompts))  # sample i of a request gets its seed + i
+        params = [self.SamplingParams(seed=s, **flags) for s in seeds]
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = [out for request in self.llm.generate(requests, params, use_tqdm=False) for out in request.outputs]
         responses = [list(out.token_ids) for out in outputs]

@@ -1,22 +1,16 @@
 """What every script needs and no equation mentions: the command line, the run folder, metrics, samples, checkpoints.
 
-runs/<name>/
-    config.json      the configuration of the run
-    metrics.jsonl    one line per step; step 0 is the evaluation before training
-    samples.jsonl    some completions with their rewards and advantages, whenever the model is evaluated
-    curves.png       the metrics as pictures
-    checkpoint.pt    what --resume needs
-    model/           weights and tokenizer, for transformers and `vllm serve`
+A run leaves in its folder: config.json; metrics.jsonl, one line per step (step 0 is the evaluation before training);
+samples.jsonl, some completions with rewards and advantages whenever the model is evaluated; curves.png; checkpoint.pt,
+which --resume needs; and model/, weights and tokenizer as transformers and `vllm serve` load them.
 """
 
 import dataclasses
 import json
-import os
 import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,24 +24,35 @@ from rewards import evaluation_metrics, rollout_metrics, score
 
 def parse(config_class):
     """The configuration from the command line; with --resume DIR, flags not given are those of the run in DIR."""
-    args = " ".join(sys.argv[1:]).replace("--resume=", "--resume ").split()
-    if "--resume" not in args[:-1]:
-        return tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
-    folder = args[args.index("--resume") + 1]
-    try:
-        saved = json.loads(Path(folder, "config.json").read_text())
-    except (OSError, ValueError):
-        raise SystemExit(f"--resume {folder}: no run is there (config.json is missing or broken)") from None
+    config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
+    if not config.resume:
+        return config
+    folder = Path(config.resume)
+    if not (folder / "checkpoint.pt").exists():
+        raise SystemExit(f"--resume {folder}: no checkpoint.pt is there to go on from; start a new run")
+    saved = json.loads((folder / "config.json").read_text())
     if saved.pop("script") != Path(sys.argv[0]).stem:
         raise SystemExit(f"--resume {folder}: that run was made by another script")
     saved = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    return dataclasses.replace(tyro.cli(config_class, default=saved), out=folder)
+    return dataclasses.replace(tyro.cli(config_class, default=saved), out=config.resume)
+
+
+def check(config, processes: int) -> None:
+    """Refuse, before any work, numbers that cannot be meant."""
+    fields = dataclasses.asdict(config)
+    least = {"group_size": 2, "temperature": 0.01, "seed": 0, "eval_every": 0, "save_every": 0}
+    for name, value in fields.items():
+        low = least.get(name, 0 if isinstance(value, float) else 1)
+        if isinstance(value, int | float) and value < low:
+            raise SystemExit(f"--{name.replace('_', '-')} {value}: it must be at least {low}")
+    if "minibatches" in fields:
+        responses = config.prompts_per_step * config.group_size
+        if config.prompts_per_step % processes or responses % (processes * config.minibatches):
+            raise SystemExit("--prompts-per-step: give every process and every minibatch the same number of responses")
 
 
 def sum_gradients(accelerator, model) -> None:
     """Add up the gradients of all processes: each one's loss is its share of the whole batch's."""
-    if accelerator.num_processes == 1:
-        return
     has_gradient = torch.tensor(float(any(p.grad is not None for p in model.parameters())), device=accelerator.device)
     if accelerator.reduce(has_gradient) > 0:  # else no process has anything to learn from
         for p in model.parameters():
@@ -59,26 +64,24 @@ class Run:
 
     def __init__(self, config, accelerator):
         self.config, self.accelerator, self.main = config, accelerator, accelerator.is_main_process
+        check(config, accelerator.num_processes)
         script = Path(sys.modules[type(config).__module__].__file__).stem
         self.folder = Path(config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
         if (self.folder / "metrics.jsonl").exists() and not config.resume:
             raise SystemExit(f"--out {self.folder}: a run is there; give another --out, or --resume {self.folder}")
-        self.first_step, self.interrupted = 1, False
-        self.record, self.totals = {}, defaultdict(float)
+        self.first_step, self.interrupted, self.record, self.totals = 1, False, {}, defaultdict(float)
         fields = {"script": script, **dataclasses.asdict(config)}
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-        if config.track:
-            flat = {k: v if isinstance(v, int | float) else str(v) for k, v in fields.items()}
-            accelerator.init_trackers(self.folder.name, config=flat)
+        accelerator.init_trackers(self.folder.name, config={name: str(value) for name, value in fields.items()})
 
     # --- the loop ---
 
-    def steps(self) -> Iterator[int]:
+    def steps(self):
         """The steps still to do, with a progress bar. Ctrl-C ends the loop after the present step: nothing is lost."""
         self.bar = tqdm(total=self.config.steps, initial=self.first_step - 1, disable=not self.main, unit="step")
-        previous = signal.signal(signal.SIGINT, self._interrupt)
+        previous = signal.signal(signal.SIGINT, self._interrupt)  # Ctrl-C
         for step in range(self.first_step, self.config.steps + 1):
             self.started = self.last_lap = time.perf_counter()
             yield step
@@ -91,10 +94,10 @@ class Run:
     def _interrupt(self, *_):
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-        self.bar.write("stopping after this step; press Ctrl-C again to stop at once")
+        self.bar.write(f"stopping after this step (at once: Ctrl-C again); to go on: --resume {self.folder}")
 
     def due(self, every: int, step: int) -> bool:
-        """Whether something done every so many steps, and after the last one, is due after this step."""
+        """Whether what is done every so many steps, and after the last one, is due after this step."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def lap(self, name: str) -> None:
@@ -106,20 +109,19 @@ class Run:
 
     def collect(self, mask: torch.Tensor, loss: torch.Tensor, **per_token: torch.Tensor) -> None:
         """Add a micro-batch: its share of the loss, and [B, T] tensors to average over tokens (*_max: the maximum)."""
-        totals = self.totals
-        totals["loss"] += loss.detach()
-        totals["tokens"] += mask.sum()
+        self.totals["loss"] += loss.detach()
+        self.totals["tokens"] += mask.sum()
         for name, x in per_token.items():
-            x = x.detach()[mask]
-            totals[name] = max(totals[name], x.max()) if name.endswith("_max") else totals[name] + x.sum()
+            so_far, x = self.totals[name], x.detach()[mask]
+            self.totals[name] = max(so_far, x.max()) if name.endswith("_max") else so_far + x.sum()
 
     def log(self, step: int, updates: int, batch=None, scores: dict[str, list] | None = None, **metrics) -> None:
         """Make the metrics of a step, over all processes: of its rollouts, of what was collected, and these."""
         totals, self.totals = self.totals, defaultdict(float)
         seconds = {name: totals.pop(name) for name in list(totals) if name.startswith("seconds")}
         parts = gather_object([{name: float(x) for name, x in totals.items()}])  # one per process
-        tokens = sum(part.get("tokens", 0.0) for part in parts)
-        record = {"step": step, "loss": sum(part.get("loss", 0.0) for part in parts) / updates, "tokens": tokens}
+        loss, tokens = (sum(part.get(name, 0.0) for part in parts) for name in ("loss", "tokens"))
+        record = {"step": step, "loss": loss / updates, "tokens": int(tokens)}
         for name in sorted({name for part in parts for name in part} - record.keys()):
             values = [part[name] for part in parts if name in part]
             record[name] = max(values) if name.endswith("_max") else sum(values) / tokens
@@ -138,22 +140,22 @@ class Run:
         prompts, repeated = [example["prompt_ids"] for example in share], [e for e in share for _ in range(k)]
         greedy = sampler.generate(prompts, n=1, temperature=0.0, seed=0)
         sampled = sampler.generate(prompts, n=k, temperature=self.config.temperature, seed=0)
-        greedy_right = gather_object(score(greedy.texts, share, ["accuracy"])["accuracy"])
-        scores = score(sampled.texts, repeated, ["accuracy", "format"])
+        greedy_right = gather_object(score(greedy.texts, share, [])["accuracy"])
+        scores = score(sampled.texts, repeated, ["format"])
         scores, lengths = {n: gather_object(x) for n, x in scores.items()}, gather_object(sampled.lengths.tolist())
         self.record = {"step": step} | self.record | evaluation_metrics(greedy_right, scores, lengths, k)
         if self.main:
-            shown = [f"{name[5:]} {x:.2f}" for name, x in self.record.items() if name.startswith("eval_")]
+            shown = ", ".join(f"{name[5:]} {x:.2f}" for name, x in self.record.items() if name.startswith("eval_"))
             example = f"{share[0]['question']!r} -> {sampled.texts[0]!r}"
-            tqdm.write(f"held out, after step {step}: {', '.join(shown)}\n    {example}", file=sys.stderr)
+            tqdm.write(f"held out, after step {step}: {shown}\n    {example}", file=sys.stderr)
 
     def samples(self, step: int, batch, examples: list[dict], scores: dict[str, list], count: int = 8) -> None:
         """Append the first completions of a training batch with their rewards and advantages to samples.jsonl."""
         for i in range(min(count, len(batch.texts)) if self.main else 0):
             record = {"step": step, "question": examples[i]["question"], "answer": examples[i]["answer"]}
             record |= {"completion": batch.texts[i], "finish_reason": batch.finish_reasons[i]}
-            record |= {"reward": batch["rewards"][i].item(), **{f"reward/{name}": x[i] for name, x in scores.items()}}
-            self._append("samples.jsonl", record | {"advantage": batch["advantages"][i].tolist()})
+            record |= {"reward": batch["rewards"][i].item(), "advantage": batch["advantages"][i].tolist()}
+            self._append("samples.jsonl", record | {f"reward/{name}": x[i] for name, x in scores.items()})
 
     def _append(self, name: str, record: dict) -> None:
         with open(self.folder / name, "a") as file:
@@ -169,7 +171,7 @@ class Run:
             if step > 0 and (self.interrupted or self.due(self.config.save_every, step)):
                 state = {name: x.state_dict() for name, x in {"policy": policy, **others}.items()}
                 torch.save({"step": step, **state}, self.folder / "checkpoint.tmp")
-                os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")  # never a half-written one
+                (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")  # never a half-written one
                 policy.save_pretrained(self.folder / "model")
                 tokenizer.save_pretrained(self.folder / "model")
                 plot.draw([self.folder], self.folder / "curves.png")
@@ -179,10 +181,7 @@ class Run:
         """With --resume: load the state of these objects, and forget what was logged after it was saved."""
         if not self.config.resume:
             return
-        try:
-            saved = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise SystemExit(f"--resume {self.folder}: it has no checkpoint.pt yet; start anew") from None
+        saved = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, x in objects.items():
             x.load_state_dict(saved[name])
         self.first_step = saved["step"] + 1
@@ -192,9 +191,10 @@ class Run:
             path.write_text("".join(kept))
 
     def finish(self) -> None:
-        """Say where everything is, and how to go on after an interruption."""
-        self.accelerator.end_training()
+        """Say where everything is."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.accelerator.num_processes > 1:  # alone, the process group may be vLLM's, which ends it itself
+            torch.distributed.destroy_process_group()
         if self.main:
             print(f"model, metrics, samples and curves are in {self.folder}")
-            if self.interrupted:
-                print(f"to go on: python {sys.argv[0]} --resume {self.folder}")

@@ -86,9 +86,9 @@ def sft_loss(logp: torch.Tensor, mask: torch.Tensor, num_tokens: int) -> torch.T
 
 
 def main(config: Config) -> None:
-    accelerator = Accelerator(
-        mixed_precision="bf16" if torch.cuda.is_available() else "no", log_with=config.track or None, project_dir="runs"
-    )
+    cuda = torch.cuda.is_available()
+    precision, tracker = "bf16" if cuda else "no", config.track or None
+    accelerator = Accelerator(cpu=not cuda, mixed_precision=precision, log_with=tracker, project_dir="runs")
     run = Run(config, accelerator)
     if config.model == "scratch":
         policy, tokenizer = new_model(config.seed)

@@ -89,7 +89,7 @@ def test_arithmetic_answers_and_levels(name, levels):
     for split in (task.train, task.test):
         assert {example["level"] for example in split} == levels
         for example in split:
-            text = example["question"].removeprefix("What is ").rstrip("?=").replace(" ", "")
+            text = example["question"].split("What is ")[-1].rstrip("?=").replace(" ", "")
             digits = text.split("+")
             assert len(digits) == example["level"] and set(digits) <= set("123456789")
             assert example["answer"] == str(sum(int(digit) for digit in digits))
@@ -100,7 +100,7 @@ def test_question_styles():
     for question in questions(data.load_task("arithmetic").test):
         assert question.endswith("=") and " " not in question
     for question in questions(data.load_task("arithmetic_words").test):
-        assert question.startswith("What is ") and question.endswith("?") and " + " in question
+        assert question.count("What is ") == 3 and question.count("</answer>") == 2 and question.endswith("?")
 
 
 def reachable(numbers):
@@ -241,7 +241,7 @@ def test_held_out_file_wins_over_train(tmp_path):
         (b'{"question": "q"}', 'no "answer"'),
         (b'{"question": "  ", "answer": "1"}', '"question" must be non-empty text'),
         (b'{"question": "q", "answer": ""}', '"answer" must be non-empty text'),
-        (b'{"question": "q", "answer": 5}', '"answer" must be non-empty text in quotes, not 5'),
+        (b'{"question": "q", "answer": true}', '"answer" must be non-empty text or a number, not True'),
         (b'{"question": ["q"], "answer": "5"}', '"question" must be non-empty text'),
         (b'{"question": "q", "answer": null}', '"answer" must be non-empty text'),
         (b'{"question": "q", "answer": "long #### "}', "nothing after ####"),
@@ -328,7 +328,7 @@ def test_resolve_template_and_stop_strings():
     assert data.resolve_template(chat, "auto") == "chat"
     assert data.resolve_template(chat, "plain") == "plain"
     assert data.stop_strings("plain") == []
-    assert data.stop_strings("r1") == data.stop_strings("chat") == ["</answer>"]
+    assert data.stop_strings("r1") == ["</answer>"] and data.stop_strings("chat") == []
     with pytest.raises(SystemExit, match="no chat template; use --template r1 or plain"):
         data.encode_prompt(EXAMPLE, plain, "chat")
     with pytest.raises(SystemExit, match="choose from auto, plain, r1, chat"):
@@ -342,7 +342,6 @@ def test_rendered_prompts():
     assert EXAMPLE["question"] in r1 and r1.endswith("Assistant:\n")  # <think> is left to the model
     chat = data.render_prompt(EXAMPLE, tokenizer, "chat")
     assert chat.startswith("<s>[user]" + EXAMPLE["question"]) and chat.endswith("[assistant]")
-    assert "<answer>" in chat and "<think>" in chat
     assert data.render_prompt(EXAMPLE, tokenizer, "auto") == chat
 
 
@@ -355,7 +354,7 @@ def test_prompts_start_with_exactly_one_bos(template):
     rendered = data.render_prompt(EXAMPLE, tokenizer, template)
     assert tokenizer.decode(ids) == (rendered if template == "chat" else "<s>" + rendered)
     if template == "chat":
-        messages = [{"role": "user", "content": f"{EXAMPLE['question']}\n\n{data.CHAT_INSTRUCTION}"}]
+        messages = [{"role": "user", "content": EXAMPLE["question"]}]
         assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
@@ -454,3 +453,10 @@ def test_running_sums_of_one_demonstration():
 def test_demonstrations_may_outnumber_the_questions():
     pairs = data.demonstrations(9000, seed=0)
     assert len(pairs) == 9000 and len({pair["prompt"] for pair in pairs}) == 8000
+
+
+def test_an_answer_may_be_a_number(tmp_path):
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": i + 1}) + "\n" for i in range(20)))
+    task = data.load_task("qa", (str(path),))
+    assert all(example["answer"] == str(int(example["question"].split()[0]) + 1) for example in task.train)

@@ -1,0 +1,242 @@
+"""The scripts as a user runs them: they learn, repeat themselves to the bit, resume, and refuse bad input."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, read_jsonl, run_script, without_times
+
+import grpo
+from rollout import load_model
+from run import parse
+
+SCRIPTS = ["grpo.py", "sft.py"]
+SMALL = ["--prompts-per-step", "4", "--group-size", "4", "--eval-prompts", "8"]
+METRICS = """step loss reward reward/accuracy reward/format reward_std accuracy response_length response_length_right
+response_length_wrong truncated informative_groups kl entropy clip_fraction ratio_max grad_norm lr sampler_gap tokens
+seconds_rollout seconds_update seconds""".split()
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A run of 30 steps, long enough to learn to think."""
+    out = tmp_path_factory.mktemp("learned") / "run"
+    run_script("grpo.py", "--steps", 30, "--eval-every", 15, "--out", out)
+    return out
+
+
+def test_accuracy_rises_and_the_model_learns_to_think(learned):
+    before, *_, after = [record for record in read_jsonl(learned / "metrics.jsonl") if "eval_pass@1" in record]
+    assert before["step"] == 0 and after["step"] == 30
+    assert after["eval_pass@1"] > before["eval_pass@1"] + 0.25
+    assert after["eval_format"] > before["eval_format"] + 0.25
+    assert after["eval_response_length"] > before["eval_response_length"] + 3
+
+
+def test_a_run_leaves_all_it_should(learned):
+    records = read_jsonl(learned / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(31))
+    for record in records[1:]:
+        assert set(METRICS) <= record.keys()
+        assert all(math.isfinite(record[name]) for name in METRICS if record[name] is not None)
+    first = records[1]
+    assert first["kl"] == pytest.approx(0, abs=1e-6), "it starts at the reference"
+    assert first["clip_fraction"] == 0 and first["ratio_max"] == 1, "one update: the policy is pi_old"
+    assert first["sampler_gap"] < 1e-4 and first["grad_norm"] > 0.01 and abs(first["loss"]) < 1e-5
+    assert first["lr"] == grpo.Config().lr and first["tokens"] == first["response_length"] * 128
+    assert records[-1]["kl"] > 0.001
+    config = json.loads((learned / "config.json").read_text())
+    assert config["script"] == "grpo" and config["steps"] == 30 and config["group_size"] == 8
+    samples = read_jsonl(learned / "samples.jsonl")
+    assert {sample["step"] for sample in samples} == {15, 30}
+    assert {"question", "answer", "completion", "finish_reason", "reward", "advantage"} <= samples[0].keys()
+    assert (learned / "curves.png").stat().st_size > 20_000
+
+
+def test_the_saved_model_reloads_and_reproduces_its_accuracy(learned, tmp_path):
+    last = read_jsonl(learned / "metrics.jsonl")[-1]
+    run_script("grpo.py", "--model", learned / "model", "--steps", 1, "--lr", 0, "--out", tmp_path / "again")
+    again = read_jsonl(tmp_path / "again" / "metrics.jsonl")[0]
+    for name in ("eval_accuracy", "eval_pass@1", "eval_pass@8"):
+        assert again[name] == last[name]
+
+
+def test_resuming_continues_to_the_bit(tmp_path):
+    flags = [*SMALL, "--epochs", 2, "--minibatches", 2, "--eval-every", 2]
+    run_script("grpo.py", *flags, "--steps", 6, "--save-every", 3, "--out", tmp_path / "whole")
+    run_script("grpo.py", *flags, "--steps", 5, "--save-every", 3, "--out", tmp_path / "cut")
+    # As if the power had failed in step 5: checkpoint of step 3, later lines, the last one half written.
+    run_script("grpo.py", *flags, "--steps", 3, "--save-every", 3, "--out", tmp_path / "three")
+    (tmp_path / "three" / "checkpoint.pt").replace(tmp_path / "cut" / "checkpoint.pt")
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    run_script("grpo.py", "--resume", tmp_path / "cut", "--steps", 6)
+
+    whole, cut = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
+    assert [record["step"] for record in cut] == list(range(7))
+    for a, b in zip(without_times(whole), without_times(cut), strict=True):
+        # the last step of an interrupted run was evaluated because it was the last: step 3 of "three", not of "whole"
+        assert {k: v for k, v in b.items() if k in a} == a
+    one, other = (load_model(str(tmp_path / name / "model"), torch.device("cpu"))[0] for name in ("whole", "cut"))
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    samples = read_jsonl(tmp_path / "cut" / "samples.jsonl")
+    assert samples == read_jsonl(tmp_path / "whole" / "samples.jsonl")
+
+
+def test_ctrl_c_ends_after_the_step_and_saves(tmp_path):
+    command = [sys.executable, "grpo.py", *SMALL, "--steps", "100000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in err
+    assert f"--resume {tmp_path / 'run'}" in out
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    assert saved == read_jsonl(metrics)[-1]["step"] >= 2
+    load_model(str(tmp_path / "run" / "model"), torch.device("cpu"))
+
+
+def metrics_of(tmp_path, name, **flags) -> list[dict]:
+    """The metrics of a run of two steps, in this process."""
+    small = {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8, "steps": 2, "model": str(ROOT / "tiny")}
+    grpo.main(grpo.Config(out=str(tmp_path / name), **small | flags))
+    return without_times(read_jsonl(tmp_path / name / "metrics.jsonl"))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    run_script("grpo.py", *SMALL, "--steps", 2, "--out", tmp_path / "apart")
+    apart = without_times(read_jsonl(tmp_path / "apart" / "metrics.jsonl"))
+    one, other = metrics_of(tmp_path, "one"), metrics_of(tmp_path, "other", seed=1)
+    assert one == apart, "in another process, with other hashes of strings"
+    assert one[0] == other[0], "the held-out set and its samples belong to the task, not to the seed"
+    assert one[1] != other[1]
+
+
+def test_the_size_of_microbatches_changes_nothing_but_rounding(tmp_path):
+    whole, split = (metrics_of(tmp_path, f"mb{n}", tokens_per_microbatch=n)[1] for n in (10**6, 1))
+    for name, x in whole.items():
+        assert split[name] == pytest.approx(x, rel=1e-4, abs=1e-6), name
+
+
+def test_a_batch_without_an_informative_group_changes_no_weight(tmp_path):
+    record = metrics_of(tmp_path, "none", beta=0.0, rewards=("accuracy=0",), lr=1.0)[-1]
+    assert record["informative_groups"] == 0 and record["grad_norm"] == 0 and "kl" not in record
+    before, after = (load_model(str(path), torch.device("cpu"))[0] for path in (ROOT / "tiny", tmp_path / "none/model"))
+    for p, q in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.equal(p, q)
+    state = torch.load(tmp_path / "none" / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    assert state == {}, "Adam never made a step"
+
+
+@pytest.mark.parametrize(("beta", "models"), [(0.0, 1), (0.04, 2)])
+def test_without_kl_no_reference_model_is_loaded(tmp_path, monkeypatch, beta, models):
+    loaded = []
+
+    def load(path, device):
+        loaded.append(path)
+        return load_model(path, device)
+
+    monkeypatch.setattr(grpo, "load_model", load)
+    metrics_of(tmp_path, "run", beta=beta)
+    assert len(loaded) == models
+
+
+def test_several_updates_per_rollout_move_the_ratio(tmp_path):
+    record = metrics_of(tmp_path, "mu", epochs=3, minibatches=2, lr=3e-4)[1]
+    assert record["ratio_max"] > 1.01 and record["sampler_gap"] < 1e-4
+    assert 0 <= record["clip_fraction"] < 0.5
+
+
+def test_two_processes_take_the_same_step_together(tmp_path):
+    """Two processes share the work; their weights must stay equal, and the metrics must count both shares."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, grpo
+loaded, load = [], grpo.load_model
+grpo.load_model = lambda *args: loaded.append(load(*args)) or loaded[-1]
+grpo.main(grpo.Config(prompts_per_step=4, group_size=4, eval_prompts=8, steps=3, out={str(tmp_path / "run")!r}))
+torch.save(loaded[0][0].state_dict(), {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
+"""
+    (tmp_path / "two.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "two.py")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert all(record["tokens"] == pytest.approx(record["response_length"] * 16) for record in records[1:])
+    one, other = (torch.load(tmp_path / f"rank{i}") for i in (0, 1))
+    before = load_model(str(ROOT / "tiny"), "cpu")[0]
+    for name, p in before.state_dict().items():
+        assert torch.equal(one[name], other[name]) and not torch.equal(one[name], p)
+
+
+def test_sft_learns_and_resumes(tmp_path):
+    flags = ["--pairs-per-step", 16, "--eval-prompts", 4, "--eval-every", 0]
+    run_script("sft.py", *flags, "--steps", 12, "--out", tmp_path / "whole")
+    records = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert records[1]["loss"] == pytest.approx(math.log(106), abs=0.3), "a new model knows nothing"
+    assert records[12]["loss"] < records[1]["loss"] - 0.5
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"prompt": f"{i}+1=", "response": f"{i + 1}"}) + "\n" for i in range(40)))
+    run_script("sft.py", *flags, "--model", "tiny", "--data", pairs, "--steps", 2, "--out", tmp_path / "pairs")
+    assert len(read_jsonl(tmp_path / "pairs" / "metrics.jsonl")) == 3
+
+
+def test_metrics_can_also_go_to_a_tracker(tmp_path):
+    pytest.importorskip("tensorboard")
+    metrics_of(tmp_path, "run", track="tensorboard")
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "plot.py"])
+def test_help_reads_like_documentation(script):
+    text = run_script(script, "--help").stdout
+    flags = [line for line in text.splitlines() if line.strip().startswith(("│ --", "--"))]
+    assert len(flags) >= {"grpo.py": 25, "sft.py": 17, "plot.py": 1}[script]
+    if script == "grpo.py":
+        wanted = """--model --task --data --template --sampler --steps --prompts-per-step --group-size --max-new-tokens
+        --temperature --epochs --minibatches --tokens-per-microbatch --lr --beta --clip-low --clip-high --rewards
+        --eval-every --save-every --seed --out --resume --track""".split()
+        assert all(flag in text for flag in wanted)
+        assert "arXiv 2402.03300" in text and "number of rollouts" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rewards", "acuracy"], "acuracy"),
+        (["--task", "chess"], "chess"),
+        (["--group-size", "1"], "--group-size 1"),
+        (["--temperature", "0"], "--temperature 0"),
+        (["--prompts-per-step", "3", "--minibatches", "5"], "--prompts-per-step"),
+        (["--model", "no/such/model"], "--model no/such/model"),
+        (["--resume", "no/such/run"], "--resume no/such/run"),
+        (["--template", "chat"], "chat template"),
+        (["--task", "gsm8k"], "--data"),
+        (["--task", "qa", "--data", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *flags, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as error:
+        grpo.main(parse(grpo.Config))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_is_never_overwritten(learned):
+    before = (learned / "metrics.jsonl").read_bytes()
+    result = run_script("grpo.py", "--out", learned, check=False)
+    assert result.returncode != 0 and "--resume" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert (learned / "metrics.jsonl").read_bytes() == before

@@ -1,0 +1,257 @@
+"""The vLLM sampler, with the real vLLM on whatever it finds here, a GPU or only a CPU.
+
+The tests that need no vLLM, of what is said where it is missing, are the last ones and always run.
+"""
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, read_jsonl, run_script, without_times
+
+import grpo
+from data import encode_prompts, load_task
+from rollout import load_model, make_sampler, token_logprobs
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+SHORT = ["--steps", 12, "--lr", 4e-4, "--eval-every", 0, "--eval-prompts", 64]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """A sampler with its own policy, which the tests change and put back: vLLM takes seconds to load."""
+    accelerator = Accelerator()
+    policy, tokenizer = load_model(str(ROOT / "tiny"), accelerator.device)
+    return make_sampler(grpo.Config(model=str(ROOT / "tiny"), sampler="vllm"), policy, tokenizer, accelerator)
+
+
+@pytest.fixture
+def sampler(engine, monkeypatch):
+    """The engine as loaded: no stop strings, 64 tokens, and the weights of the tiny model on both sides."""
+    monkeypatch.setattr(engine, "stop", [])
+    monkeypatch.setattr(engine, "max_new_tokens", 64)
+    before = copy.deepcopy(engine.policy.state_dict())
+    yield engine
+    monkeypatch.undo()
+    if any(not torch.equal(x, before[name]) for name, x in engine.policy.state_dict().items()):
+        engine.policy.load_state_dict(before)
+        engine.push(engine.policy)
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    """Prompts of unequal lengths: sums of 3 to 6 numbers."""
+    examples = encode_prompts(load_task("arithmetic").test[::43], tiny[1], "plain", 64)
+    prompts = [example["prompt_ids"] for example in examples]
+    assert len(set(map(len, prompts))) > 1
+    return prompts
+
+
+def gap(sampler, batch, temperature) -> float:
+    """The largest |log-prob in vLLM - log-prob in transformers| of a batch; 2e-5 was measured on a CPU in float32."""
+    with torch.no_grad(), sampler.autocast():
+        logp, _ = token_logprobs(sampler.policy, batch, temperature)
+    return (logp - batch.sampler_logp)[batch.response_mask].abs().max().item()
+
+
+def tolerance(sampler) -> float:
+    return 0.5 if sampler.cuda else 1e-4  # bfloat16 on a GPU
+
+
+def perturb(policy, names="") -> None:
+    """Change the weights whose name contains `names` so far that it shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if names in name:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                parameter.add_(0.3 * noise * (parameter.std() + 0.1))
+
+
+# --- log-probs ---
+
+
+@needs_vllm
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_log_probs_are_those_of_the_trainer_at_the_temperature(sampler, prompts, temperature):
+    batch = sampler.generate(prompts, n=4, temperature=temperature, seed=0)
+    assert batch.response_mask.sum() > 150
+    assert gap(sampler, batch, temperature) < tolerance(sampler)
+    assert gap(sampler, batch, temperature + 0.3) > 0.1  # the comparison can fail
+
+
+@needs_vllm
+def test_greedy_takes_the_most_likely_token(sampler, prompts):
+    batch = sampler.generate(prompts, n=1, temperature=0.0, seed=0)
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), sampler.autocast():
+        logits = sampler.policy(batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions).logits
+    width = batch.response_mask.shape[1]
+    same = logits[:, -width - 1 : -1].argmax(-1) == batch.input_ids[:, -width:]
+    assert same[batch.response_mask].float().mean() >= (0.95 if sampler.cuda else 1.0)
+
+
+# --- weights ---
+
+
+@needs_vllm
+def test_pushed_weights_arrive(sampler, prompts):
+    before = sampler.generate(prompts, n=4, temperature=1.0, seed=0)
+    perturb(sampler.policy)
+    assert gap(sampler, before, 1.0) > 0.1, "the two models differ"
+    sampler.push(sampler.policy)
+    after = sampler.generate(prompts, n=4, temperature=1.0, seed=0)
+    assert gap(sampler, after, 1.0) < tolerance(sampler)
+    assert after.texts != before.texts
+
+
+@needs_vllm
+@pytest.mark.parametrize("names", ["embed_tokens", "q_proj", "down_proj", "layernorm", "model.norm"])
+def test_every_kind_of_weight_arrives(sampler, prompts, names):
+    """The embedding is the LM head too, of which vLLM keeps a copy of its own on a CPU."""
+    perturb(sampler.policy, names)
+    sampler.push(sampler.policy)
+    assert gap(sampler, sampler.generate(prompts, n=2, temperature=1.0, seed=0), 1.0) < tolerance(sampler)
+
+
+@needs_vllm
+def test_a_push_empties_the_cache_of_prompts(sampler, prompts):
+    long = [sum(prompts, [])[:100] * 4]  # some blocks of the cache
+    sampler.generate(long, n=2, temperature=1.0, seed=0)
+    perturb(sampler.policy)
+    sampler.push(sampler.policy)
+    assert gap(sampler, sampler.generate(long, n=2, temperature=1.0, seed=0), 1.0) < tolerance(sampler)
+
+
+@needs_vllm
+def test_training_changes_nothing_in_vllm_before_the_push(sampler, prompts):
+    sampler.push(sampler.policy)  # from here on vLLM might hold the very tensors of the policy
+    before = sampler.generate(prompts, n=2, temperature=1.0, seed=0)
+    perturb(sampler.policy)
+    sampler.llm.reset_prefix_cache()
+    after = sampler.generate(prompts, n=2, temperature=1.0, seed=0)
+    assert after.texts == before.texts
+    torch.testing.assert_close(after.sampler_logp, before.sampler_logp, atol=1e-5, rtol=0)
+
+
+@needs_vllm
+@pytest.mark.parametrize("names", ["", "embed_tokens", "layers.1.mlp.down_proj"])
+def test_weights_that_do_not_arrive_stop_the_run(sampler, monkeypatch, names):
+    perturb(sampler.policy, names)
+    monkeypatch.setattr(sampler.llm, "collective_rpc", lambda *args, **kwargs: None)
+    with pytest.raises(RuntimeError, match="did not arrive"):
+        sampler.push(sampler.policy)
+
+
+# --- samples ---
+
+
+@needs_vllm
+def test_seeds_repeat_a_batch_and_differ_within_it(sampler, prompts):
+    one, again, other = (sampler.generate(prompts[:4], n=8, temperature=1.0, seed=seed) for seed in (5, 5, 6))
+    assert one.texts == again.texts and torch.equal(one.sampler_logp, again.sampler_logp)
+    assert one.texts != other.texts
+    for group in range(4):
+        assert len(set(one.texts[8 * group : 8 * group + 8])) > 3
+    same = sampler.generate(prompts[:1] * 4, n=8, temperature=1.0, seed=5)  # one prompt, four times
+    groups = [tuple(same.texts[i : i + 8]) for i in range(0, 32, 8)]
+    assert len(set(groups)) == 4, "requests share no random numbers"
+    assert not any(a[1:] == b[:-1] for a in groups for b in groups), "not even shifted by one"
+
+
+@needs_vllm
+def test_responses_come_in_the_order_of_the_prompts(sampler, prompts):
+    batch = sampler.generate(prompts, n=3, temperature=1.0, seed=0)
+    left = batch.input_ids.shape[1] - batch.response_mask.shape[1]
+    assert len(batch.texts) == 3 * len(prompts)
+    for i, prompt in enumerate(batch.prompt_index.tolist()):
+        assert prompt == i // 3
+        assert batch.input_ids[i, :left][batch.attention_mask[i, :left].bool()].tolist() == prompts[prompt]
+
+
+@needs_vllm
+def test_stop_strings_end_a_response_and_stay_in_it(sampler, prompts, monkeypatch):
+    monkeypatch.setattr(sampler, "stop", ["<answer>"])  # no end token would follow it
+    batch = sampler.generate(prompts, n=4, temperature=1.0, seed=0)
+    stopped = [i for i, text in enumerate(batch.texts) if "<answer>" in text]
+    assert len(stopped) > 10
+    for i in stopped:
+        assert batch.texts[i].endswith("<answer>") and batch.finish_reasons[i] == "stop"
+    assert gap(sampler, batch, 1.0) < tolerance(sampler)
+
+
+@needs_vllm
+def test_responses_cut_by_the_limit_are_marked(sampler, prompts, monkeypatch):
+    monkeypatch.setattr(sampler, "max_new_tokens", 6)
+    batch = sampler.generate(prompts, n=8, temperature=1.0, seed=0)
+    left = batch.input_ids.shape[1] - batch.response_mask.shape[1]
+    for i, reason in enumerate(batch.finish_reasons):
+        length = int(batch.lengths[i])
+        ended = int(batch.input_ids[i, left + length - 1]) == sampler.tokenizer.eos_token_id
+        assert (reason == "stop") == ended and (ended or length == 6)
+    assert set(batch.finish_reasons) == {"stop", "length"}
+
+
+@needs_vllm
+def test_the_end_token_belongs_to_the_response_also_where_it_is_the_padding_token(sampler, prompts, monkeypatch):
+    tokenizer = copy.deepcopy(sampler.tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    monkeypatch.setattr(sampler, "tokenizer", tokenizer)
+    batch = sampler.generate(prompts, n=4, temperature=1.0, seed=0)
+    left = batch.input_ids.shape[1] - batch.response_mask.shape[1]
+    ended = [i for i, reason in enumerate(batch.finish_reasons) if reason == "stop"]
+    assert len(ended) > 10
+    for i in ended:
+        last = int(batch.lengths[i]) - 1
+        assert batch.input_ids[i, left + last] == tokenizer.eos_token_id and batch.response_mask[i, last]
+        assert batch.sampler_logp[i, last] < 0 and not batch.response_mask[i, last + 1 :].any()
+    assert gap(sampler, batch, 1.0) < tolerance(sampler)
+
+
+# --- the script ---
+
+
+@needs_vllm
+def test_a_run_with_vllm_learns_and_repeats_itself(tmp_path):
+    results = [run_script("grpo.py", "--sampler", "vllm", *SHORT, "--out", tmp_path / name) for name in ("a", "b")]
+    one, again = (without_times(read_jsonl(tmp_path / name / "metrics.jsonl")) for name in ("a", "b"))
+    assert one[-1]["eval_pass@1"] > one[0]["eval_pass@1"] + 0.15
+    assert max(record["sampler_gap"] for record in one[1:]) < (0.1 if torch.cuda.is_available() else 1e-4)
+    if not torch.cuda.is_available():  # a GPU adds in no fixed order
+        assert one == again
+    for result in results:
+        assert "Traceback" not in result.stderr and "leaked" not in result.stderr, result.stderr[-3000:]
+        assert "INFO" not in result.stdout and "WARNING" not in result.stdout, "vLLM fills the screen"
+
+
+# --- where it cannot run ---
+
+
+def refusal(tmp_path, modules: dict[str, str]) -> str:
+    """What `grpo.py --sampler vllm` says at last, with these modules in front of the installed ones."""
+    for name, text in modules.items():
+        path = tmp_path / "modules" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    command = [sys.executable, "grpo.py", "--sampler", "vllm", "--model", "no/such-model", "--out", tmp_path / "run"]
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path / "modules")}
+    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_without_vllm_it_says_so_before_it_loads_a_model(tmp_path):
+    missing = "import sys\nsys.modules['vllm'] = None\n"  # as if it were not installed
+    assert refusal(tmp_path, {"sitecustomize.py": missing}).startswith("--sampler vllm: vLLM is not installed")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_vllm_for_gpus_without_one_says_so_before_it_loads_a_model(tmp_path):
+    platforms = "class current_platform:\n    is_cpu = lambda: False\n"
+    said = refusal(tmp_path, {"vllm/__init__.py": "", "vllm/platforms.py": platforms})
+    assert said.startswith("--sampler vllm: this vLLM needs a CUDA GPU")
