@@ -80,7 +80,8 @@ def figure(folders: list[Path]) -> Figure:
     """The runs in these folders on one page, to show in a notebook or to save."""
     found = curves(folders)
     names = dict.fromkeys(name for seeds in found.values() for metrics in seeds for name in metrics)
-    others = [(name, "value", {name: name}) for name in names if all(name not in panel[2] for panel in PANELS)]
+    known = {"eval_format", "eval_response_length", *(name for panel in PANELS for name in panel[2])}
+    others = [(name, "value", {name: name}) for name in names if name not in known]
     panels = [panel for panel in PANELS + others if any(name in names for name in panel[2])][:9]  # more is illegible
     rows, columns = (len(panels) + 2) // 3, min(3, len(panels))
     page = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.3 * len(found) + 0.2), layout="constrained")

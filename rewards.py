@@ -294,7 +294,10 @@ class MathWorker:
     def start(self):
         """Start the worker and wait until it is ready."""
         command, pipe = [sys.executable, os.path.abspath(__file__), "--math-worker"], subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0,
+            start_new_session=True,  # a Ctrl-C is for the run and must not end a check
+        )  # fmt: skip
         hello = self.read_line(START_SECONDS)
         if hello != b"ready\n":
             reason = hello.decode().strip() or "it did not start"

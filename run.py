@@ -1,8 +1,7 @@
 """What every script needs and no equation mentions: the command line, the run folder, metrics, samples, checkpoints.
 
-A run leaves in its folder: config.json; metrics.jsonl, one line per step (step 0 is the evaluation before training);
-samples.jsonl, some completions with rewards and advantages whenever the model is evaluated; curves.png; checkpoint.pt,
-which --resume needs; and model/, weights and tokenizer as transformers and `vllm serve` load them.
+A run leaves in its folder: config.json; metrics.jsonl, one line per step (step 0: the evaluation before training);
+samples.jsonl, completions with rewards and advantages; curves.png; checkpoint.pt, for --resume; model/, for others.
 """
 
 import dataclasses
@@ -34,7 +33,10 @@ def parse(config_class):
     if saved.pop("script") != Path(sys.argv[0]).stem:
         raise SystemExit(f"--resume {folder}: that run was made by another script")
     saved = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    return dataclasses.replace(tyro.cli(config_class, default=saved), out=config.resume)
+    config = dataclasses.replace(tyro.cli(config_class, default=saved), out=config.resume)
+    if config != dataclasses.replace(saved, steps=config.steps, out=config.out, resume=config.resume):
+        raise SystemExit("--resume goes on as the run began; of the other flags only --steps may change")
+    return config
 
 
 def check(config, processes: int) -> None:
@@ -42,7 +44,7 @@ def check(config, processes: int) -> None:
     fields = dataclasses.asdict(config)
     least = {"group_size": 2, "temperature": 0.01, "seed": 0, "eval_every": 0, "save_every": 0}
     for name, value in fields.items():
-        low = least.get(name, 0 if isinstance(value, float) else 1)
+        low = processes if name == "eval_prompts" else least.get(name, 0 if isinstance(value, float) else 1)
         if isinstance(value, int | float) and value < low:
             raise SystemExit(f"--{name.replace('_', '-')} {value}: it must be at least {low}")
     if "minibatches" in fields:
@@ -51,12 +53,12 @@ def check(config, processes: int) -> None:
             raise SystemExit("--prompts-per-step: give every process and every minibatch the same number of responses")
 
 
-def sum_gradients(accelerator, model) -> None:
+def sum_gradients(accelerator, parameters) -> None:
     """Add up the gradients of all processes: each one's loss is its share of the whole batch's."""
-    has_gradient = torch.tensor(float(any(p.grad is not None for p in model.parameters())), device=accelerator.device)
-    if accelerator.reduce(has_gradient) > 0:  # else no process has anything to learn from
-        for p in model.parameters():
-            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+    has_gradient = torch.tensor(float(any(p.grad is not None for p in parameters)), device=accelerator.device)
+    if accelerator.reduce(has_gradient, "sum") > 0:  # else no process has anything to learn from
+        for p in parameters:
+            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
 
 
 class Run:
@@ -94,7 +96,8 @@ class Run:
     def _interrupt(self, *_):
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-        self.bar.write(f"stopping after this step (at once: Ctrl-C again); to go on: --resume {self.folder}")
+        if self.main:
+            self.bar.write(f"stopping after this step (at once: Ctrl-C again); to go on: --resume {self.folder}")
 
     def due(self, every: int, step: int) -> bool:
         """Whether what is done every so many steps, and after the last one, is due after this step."""
@@ -146,13 +149,12 @@ class Run:
         self.record = {"step": step} | self.record | evaluation_metrics(greedy_right, scores, lengths, k)
         if self.main:
             shown = ", ".join(f"{name[5:]} {x:.2f}" for name, x in self.record.items() if name.startswith("eval_"))
-            example = f"{share[0]['question']!r} -> {sampled.texts[0]!r}"
-            tqdm.write(f"held out, after step {step}: {shown}\n    {example}", file=sys.stderr)
+            tqdm.write(f"held out, after step {step}: {shown}\n    {share[0]['question']!r} -> {sampled.texts[0]!r}")
 
     def samples(self, step: int, batch, examples: list[dict], scores: dict[str, list], count: int = 8) -> None:
         """Append the first completions of a training batch with their rewards and advantages to samples.jsonl."""
         for i in range(min(count, len(batch.texts)) if self.main else 0):
-            record = {"step": step, "question": examples[i]["question"], "answer": examples[i]["answer"]}
+            record = {"step": step} | {key: examples[i][key] for key in ("question", "answer")}
             record |= {"completion": batch.texts[i], "finish_reason": batch.finish_reasons[i]}
             record |= {"reward": batch["rewards"][i].item(), "advantage": batch["advantages"][i].tolist()}
             self._append("samples.jsonl", record | {f"reward/{name}": x[i] for name, x in scores.items()})
@@ -179,8 +181,6 @@ class Run:
 
     def restore(self, **objects) -> None:
         """With --resume: load the state of these objects, and forget what was logged after it was saved."""
-        if not self.config.resume:
-            return
         saved = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         for name, x in objects.items():
             x.load_state_dict(saved[name])

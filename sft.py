@@ -13,6 +13,7 @@ how the tiny model of this repository was made. The exact command and what came 
 """
 
 import dataclasses
+import math
 import string
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import demonstrations, draw, encode_pairs, load_prompts, read_jsonl
-from rollout import collate, load_model, make_sampler, token_logprobs
+from rollout import check_sampler, collate, load_model, make_sampler, token_logprobs
 from run import Run, parse, sum_gradients
 
 
@@ -31,17 +32,17 @@ from run import Run, parse, sum_gradients
 class Config:
     model: str = "scratch"  # Hugging Face folder or Hub name of the model to train; scratch: a new tiny one
     task: str = "arithmetic"  # what it is evaluated on
-    data: tuple[str, ...] = ()  # JSONL file of prompt/response pairs; empty: mixed demonstrations of arithmetic
+    data: tuple[str, ...] = ()  # JSONL file of prompt/response pairs, taken as they are; empty: demonstrations
     template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question of the task becomes a prompt
     sampler: Literal["auto", "hf", "vllm"] = "hf"  # what writes the responses it is evaluated on
-    steps: int = 1200  # updates
+    steps: int = 2000  # updates
     pairs_per_step: int = 128  # pairs in each update
-    max_prompt_tokens: int = 512  # longer prompts are left out, tokens
+    max_prompt_tokens: int = 512  # longer prompts are left out of the evaluation, tokens
     max_new_tokens: int = 64  # longest response in the evaluation, tokens
     temperature: float = 1.0  # of the policy, when it learns and when it is evaluated
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
     lr: float = 2e-3  # highest learning rate of AdamW: linear warm-up over 5 % of the steps, then a cosine to zero
-    eval_every: int = 400  # steps between evaluations; 0: only before and after
+    eval_every: int = 500  # steps between evaluations; 0: only before and after
     eval_prompts: int = 512  # held-out questions per evaluation
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     seed: int = 0  # of the new model's weights, and of the order of the pairs
@@ -86,30 +87,34 @@ def sft_loss(logp: torch.Tensor, mask: torch.Tensor, num_tokens: int) -> torch.T
 
 
 def main(config: Config) -> None:
-    cuda = torch.cuda.is_available()
-    precision, tracker = "bf16" if cuda else "no", config.track or None
-    accelerator = Accelerator(cpu=not cuda, mixed_precision=precision, log_with=tracker, project_dir="runs")
+    cuda = torch.cuda.is_available()  # weights are in float32, arithmetic on a GPU in bf16
+    tracking = {"log_with": config.track or None, "project_dir": config.out or "runs"}
+    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", **tracking)
     run = Run(config, accelerator)
+    if check_sampler(config.sampler) == "vllm" and config.model == "scratch":
+        raise SystemExit("--sampler vllm loads a model from a folder: a new one needs --sampler hf")
     if config.model == "scratch":
         policy, tokenizer = new_model(config.seed)
         policy.to(accelerator.device)
     else:
         policy, tokenizer = load_model(config.model, accelerator.device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    parameters = list(policy.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = max(1, config.steps // 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, milestones=[warmup], schedulers=[
-        torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup),
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, config.steps - warmup)),
-    ])  # fmt: skip
+    shape = lambda done: min((done + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done / config.steps)))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    state = {"policy": policy, "optimizer": optimizer, "schedule": schedule}  # all that a run needs to go on later
     pairs = read_jsonl(config.data[0], ("prompt", "response")) if config.data else demonstrations()
     pairs = encode_pairs(pairs, tokenizer)
     _, test = load_prompts(dataclasses.replace(config, data=()), tokenizer)
     sampler = make_sampler(config, policy, tokenizer, accelerator)
-    run.restore(policy=policy, optimizer=optimizer, schedule=schedule)
+    if config.resume:
+        run.restore(**state)
     sampler.push(policy)
     if run.first_step == 1:
         run.evaluate(0, sampler, test)
-        run.end_step(0, tokenizer, policy=policy, optimizer=optimizer, schedule=schedule)
+        run.end_step(0, tokenizer, **state)
+    sampler.sleep()
 
     for step in run.steps():
         # --- update ---
@@ -126,8 +131,8 @@ def main(config: Config) -> None:
             loss = sft_loss(logp, micro.response_mask, num_tokens)
             accelerator.backward(loss)
             run.collect(micro.response_mask, loss, entropy=entropy)
-        sum_gradients(accelerator, policy)
-        grad_norm = accelerator.clip_grad_norm_(policy.parameters(), 1.0)
+        sum_gradients(accelerator, parameters)
+        grad_norm = accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         lr = schedule.get_last_lr()[0]
@@ -140,7 +145,7 @@ def main(config: Config) -> None:
             sampler.push(policy)
             run.evaluate(step, sampler, test)
             sampler.sleep()
-        run.end_step(step, tokenizer, policy=policy, optimizer=optimizer, schedule=schedule)
+        run.end_step(step, tokenizer, **state)
     run.finish()
 
 

@@ -113,7 +113,7 @@ def test_microbatches_hold_every_row_once_within_the_budget(batch, budget):
 
 
 def test_minibatches_are_a_partition_and_differ_between_seeds(batch):
-    one, again, other = (list(batch.minibatches(3, seed)) for seed in (0, 0, 1))
+    one, again, other = (list(batch.minibatch_rows(3, seed)) for seed in (0, 0, 1))
     assert sorted(torch.cat(one).tolist()) == list(range(len(batch.texts)))
     assert torch.equal(torch.cat(one), torch.cat(again)) and not torch.equal(torch.cat(one), torch.cat(other))
 
