@@ -72,8 +72,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """
     r = rewards.view(-1, group_size)  # [P, G]
     r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
-    mean = r.mean(dim=1, keepdim=True)  # [P, 1]
-    std = r.std(dim=1, keepdim=True, correction=1)  # [P, 1]
+    mean, std = r.mean(dim=1, keepdim=True), r.std(dim=1, keepdim=True, correction=1)  # [P, 1] each
     return ((r - mean) / (std + 1e-4)).flatten()  # [B]
 
 
@@ -92,8 +91,11 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
 # --- loss ---
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantages, mask, num_responses, beta, clip_low, clip_high):
-    """-J(theta) of eq. 3 for a micro-batch -> (loss, stats). Losses of micro-batches add up to that of the batch.
+def policy_loss(
+    logp, old_logp, advantages, mask, num_responses, clip_low, clip_high,
+    ref_logp, beta,
+):  # fmt: skip
+    """-J(theta) of eq. 3 for a micro-batch -> (loss, stats). Losses of micro-batches add up to that of the update.
 
     logp, old_logp, ref_logp [B, T]: log pi, log pi_old, log pi_ref of the sampled tokens (ref_logp None if beta is 0)
     advantages [B]; mask [B, T]: True on response tokens
@@ -159,8 +161,8 @@ def main(config: Config) -> None:
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
-        batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
-        batch["advantages"] = group_advantages(batch["rewards"], config.group_size)  # [B]
+        rewards = batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
 
         # --- update: mu epochs over the rollout ---
         grad_norms = []
@@ -173,9 +175,10 @@ def main(config: Config) -> None:
                         logp, entropy = token_logprobs(policy, micro, config.temperature)  # [b, t]
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
                     ref_logp = micro["ref_logp"] if reference else None
-                    loss, stats = grpo_loss(
-                        logp, old_logp, ref_logp, micro["advantages"], micro.response_mask,
-                        responses_per_update, config.beta, config.clip_low, config.clip_high,
+                    loss, stats = policy_loss(
+                        logp, old_logp, micro["advantages"], micro.response_mask, responses_per_update,
+                        config.clip_low, config.clip_high,
+                        ref_logp, config.beta,
                     )  # fmt: skip
                     accelerator.backward(loss)
                     gap = (old_logp - micro.sampler_logp).abs()  # only to be logged
@@ -189,8 +192,9 @@ def main(config: Config) -> None:
 
         # --- log, evaluate, save ---
         run.log(step, updates, batch, scores, grad_norm=torch.stack(grad_norms).mean().item(), lr=config.lr)
-        if run.due(config.eval_every, step):
+        if step == 1 or run.due(config.eval_every, step):
             run.samples(step, batch, examples, scores)
+        if run.due(config.eval_every, step):
             run.evaluate(step, sampler, test)
         run.end_step(step, tokenizer, **state)
     run.finish()

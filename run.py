@@ -111,11 +111,11 @@ class Run:
     # --- metrics ---
 
     def collect(self, mask: torch.Tensor, loss: torch.Tensor, **per_token: torch.Tensor) -> None:
-        """Add a micro-batch: its share of the loss, and [B, T] tensors to average over tokens (*_max: the maximum)."""
+        """Add a micro-batch: its share of the loss, and [B, T] or [B, 1] tensors to average (*_max: the maximum)."""
         self.totals["loss"] += loss.detach()
         self.totals["tokens"] += mask.sum()
         for name, x in per_token.items():
-            so_far, x = self.totals[name], x.detach()[mask]
+            so_far, x = self.totals[name], x.detach().expand_as(mask)[mask]
             self.totals[name] = max(so_far, x.max()) if name.endswith("_max") else so_far + x.sum()
 
     def log(self, step: int, updates: int, batch=None, scores: dict[str, list] | None = None, **metrics) -> None:

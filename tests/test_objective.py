@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from grpo import group_advantages, grpo_loss, kl_k3
+from grpo import group_advantages, kl_k3, policy_loss
 
 
 def double(*values):
@@ -14,9 +14,9 @@ def double(*values):
 
 
 def loss_of(logp, old_logp, advantages, mask=None, ref_logp=None, beta=0.0, clip_low=0.2, clip_high=0.2):
-    """grpo_loss on a whole batch."""
+    """policy_loss on a whole batch."""
     mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-    return grpo_loss(logp, old_logp, ref_logp, advantages, mask, len(logp), beta, clip_low, clip_high)
+    return policy_loss(logp, old_logp, advantages, mask, len(logp), clip_low, clip_high, ref_logp, beta)
 
 
 # --- advantage ---
@@ -166,11 +166,11 @@ def test_losses_and_gradients_of_microbatches_add_up():
     ref = logp.detach() + 0.3 * torch.randn(8, 6, dtype=torch.float64, generator=g)
     a = torch.randn(8, dtype=torch.float64, generator=g)
     mask = torch.arange(6) < torch.randint(1, 7, (8, 1), generator=g)
-    whole, _ = grpo_loss(logp, old, ref, a, mask, 8, 0.04, 0.2, 0.2)
+    whole, _ = policy_loss(logp, old, a, mask, 8, 0.2, 0.2, ref, 0.04)
     (expected,) = torch.autograd.grad(whole, logp)
     for size in (1, 2, 3, 4):
         parts = [slice(i, i + size) for i in range(0, 8, size)]
-        losses = [grpo_loss(logp[p], old[p], ref[p], a[p], mask[p], 8, 0.04, 0.2, 0.2)[0] for p in parts]
+        losses = [policy_loss(logp[p], old[p], a[p], mask[p], 8, 0.2, 0.2, ref[p], 0.04)[0] for p in parts]
         (gradient,) = torch.autograd.grad(sum(losses), logp)
         assert sum(losses).item() == pytest.approx(whole.item(), abs=1e-12)
         assert torch.allclose(gradient, expected, atol=1e-12)
@@ -182,7 +182,7 @@ def test_gradient_of_the_loss_against_finite_differences():
     old, ref = (logp.detach() + 0.2 * torch.randn(4, 5, dtype=torch.float64, generator=g) for _ in range(2))
     a = torch.randn(4, dtype=torch.float64, generator=g)
     mask = torch.arange(5) < torch.tensor([[5], [3], [1], [4]])
-    assert torch.autograd.gradcheck(lambda x: grpo_loss(x, old, ref, a, mask, 4, 0.3, 0.2, 0.28)[0], logp)
+    assert torch.autograd.gradcheck(lambda x: policy_loss(x, old, a, mask, 4, 0.2, 0.28, ref, 0.3)[0], logp)
 
 
 # --- the exact policy gradient, by enumeration ---

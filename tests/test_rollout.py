@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rollout
 from data import encode_prompts, load_task
-from grpo import group_advantages, grpo_loss
+from grpo import group_advantages, policy_loss
 from rewards import evaluation_metrics, score
 from rollout import batch_logprobs, collate, token_logprobs
 
@@ -164,16 +164,15 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(tiny, tmp_pat
 
 
 def gradients(model, batch, budget, beta, rows=None):
-    """Gradient of grpo_loss on a batch in micro-batches, and the loss, as the script takes them."""
+    """Gradient of policy_loss on a batch in micro-batches, and the loss, as the script takes them."""
     model.zero_grad()
     rows = torch.arange(len(batch.texts)) if rows is None else rows
     total = 0.0
     for micro in batch.microbatches(rows, budget):
         logp, _ = token_logprobs(model, micro, 1.0)
         ref = micro["ref_logp"] if beta else None
-        loss, _ = grpo_loss(
-            logp, micro["old_logp"], ref, micro["advantages"], micro.response_mask, len(batch.texts), beta, 0.2, 0.2
-        )
+        args = logp, micro["old_logp"], micro["advantages"], micro.response_mask, len(batch.texts)
+        loss, _ = policy_loss(*args, 0.2, 0.2, ref, beta)
         loss.backward()
         total += loss.item()
     return torch.cat([p.grad.flatten() for p in model.parameters()]), total

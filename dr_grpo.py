@@ -1,0 +1,205 @@
+r"""Dr. GRPO: GRPO done right, from "Understanding R1-Zero-Like Training" (arXiv 2503.20783).
+
+It removes two things from GRPO (grpo.py), which bias the gradient of the expected reward, and nothing else:
+
+    J(theta) = 1/G sum_i 1/C sum_t { min[ rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i ] - beta D_it }
+
+    A_i = r_i - mean(r_1..r_G)        (1) no std: it gives questions with rare successes or rare failures more weight
+    C   = the budget of new tokens    (2) a constant, not |o_i|: with 1/|o_i| a wrong answer costs less if it is longer
+
+With one update per rollout and beta 0 the expected gradient is that of E[r], times (G - 1)/G, since the mean includes
+r_i itself, and over C. Both only scale the learning rate. The paper trains with --beta 0; the KL stays here, so that
+the two numbered changes are all there is. C is free; the paper's code takes the generation budget, as here.
+
+    python dr_grpo.py
+        On a CPU, no download: within a minute a tiny model learns to think before it answers, and is right.
+    python dr_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --max-new-tokens 512 --lr 1e-6 --steps 200 \
+                      --tokens-per-microbatch 16384
+        On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1 and informative_groups.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+
+from data import draw, load_prompts
+from rewards import parse_weights, score, total
+from rollout import batch_logprobs, check_sampler, load_model, make_sampler, token_logprobs
+from run import Run, parse, sum_gradients
+
+
+@dataclass
+class Config:
+    model: str = "tiny"  # Hugging Face folder or Hub name of the policy to train
+    task: str = "arithmetic"  # arithmetic, countdown, gsm8k, math, qa; levels as in arithmetic:3-6
+    data: tuple[str, ...] = ()  # JSONL file or Hub set of questions and answers; a second one is held out
+    template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question becomes a prompt
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # what writes the responses
+    rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards of rewards.py with their weights
+    steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
+    prompts_per_step: int = 16  # questions q per rollout
+    group_size: int = 8  # G: responses per question
+    max_prompt_tokens: int = 512  # longer prompts are left out, tokens
+    max_new_tokens: int = 64  # longest response |o|, tokens
+    temperature: float = 1.0  # of the policy, when it samples and when it learns
+    epochs: int = 1  # mu: passes over each rollout
+    minibatches: int = 1  # updates per pass
+    tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
+    lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
+    beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
+    clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
+    clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
+    eval_every: int = 20  # steps between evaluations; 0: only before and after
+    eval_prompts: int = 128  # held-out questions per evaluation
+    save_every: int = 50  # steps between checkpoints; 0: only at the end
+    seed: int = 0  # of prompts, samples and minibatches
+    out: str = ""  # folder of the run; empty: runs/<script>-<time>
+    resume: str = ""  # folder of an interrupted run to continue exactly
+    track: Literal["", "wandb", "tensorboard", "trackio"] = ""  # also log there
+
+
+# --- advantage ---
+
+
+def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
+    """A_i = r_i - mean(r) within each group: [B] -> [B], rows of a group next to each other.
+
+    A group of equal rewards has advantage exactly 0.
+    """
+    r = rewards.view(-1, group_size)  # [P, G]
+    r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
+    mean = r.mean(dim=1, keepdim=True)  # [P, 1]
+    return (r - mean).flatten()  # [B] (1) not divided by the std
+
+
+# --- kl ---
+
+
+def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
+    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
+
+    Never negative, and its mean over samples of pi is KL(pi || pi_ref).
+    """
+    log_ratio = ref_logp - logp  # [B, T]
+    return log_ratio.exp() - log_ratio - 1
+
+
+# --- loss ---
+
+
+def policy_loss(
+    logp, old_logp, advantages, mask, num_responses, clip_low, clip_high,
+    ref_logp, beta,
+    max_new_tokens,
+):  # fmt: skip
+    """-J(theta) for a micro-batch -> (loss, stats). Losses of micro-batches add up to that of the update.
+
+    logp, old_logp, ref_logp [B, T]: log pi, log pi_old, log pi_ref of the sampled tokens (ref_logp None if beta is 0)
+    advantages [B]; mask [B, T]: True on response tokens
+    num_responses: those of the whole update, in all its micro-batches and processes: 1/G, and the mean over questions
+    max_new_tokens: C
+    """
+    A = advantages[:, None]  # [B, 1]
+    ratio = (logp - old_logp).exp()  # [B, T] rho
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
+    objective = torch.minimum(ratio * A, clipped * A)  # [B, T]
+    is_clipped = clipped * A < ratio * A  # [B, T] where the clip binds there is no gradient
+    stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per token; logged as mean and maximum
+    if beta:
+        kl = kl_k3(logp, ref_logp)  # [B, T]
+        objective = objective - beta * kl
+        stats["kl"] = kl
+    per_response = (objective * mask).sum(1) / max_new_tokens  # [B] (2) 1/C sum_t, not 1/|o_i|
+    return -per_response.sum() / num_responses, stats  # 1/G sum_i
+
+
+# --- training ---
+
+
+def main(config: Config) -> None:
+    cuda = torch.cuda.is_available()  # weights are in float32, arithmetic on a GPU in bf16
+    tracking = {"log_with": config.track or None, "project_dir": config.out or "runs"}
+    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", **tracking)
+    run = Run(config, accelerator)
+    weights = parse_weights(config.rewards)
+    check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
+
+    policy, tokenizer = load_model(config.model, accelerator.device)
+    reference = load_model(config.model, accelerator.device)[0] if config.beta else None
+    parameters = list(policy.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    state = {"policy": policy, "optimizer": optimizer}  # all that a run needs to go on later
+    train, test = load_prompts(config, tokenizer)
+    sampler = make_sampler(config, policy, tokenizer, accelerator)
+    if config.resume:
+        run.restore(**state)
+    sampler.push(policy)
+    responses_per_update = config.prompts_per_step * config.group_size // config.minibatches
+    updates = config.epochs * config.minibatches
+    if run.first_step == 1:
+        run.evaluate(0, sampler, test)
+        run.end_step(0, tokenizer, **state)
+
+    for step in run.steps():
+        # --- rollout: G responses to each question, from pi_old ---
+        questions = draw(train, config.prompts_per_step, config.seed, step)
+        questions = questions[accelerator.process_index :: accelerator.num_processes]  # this process's share
+        seed = 10**9 * accelerator.process_index + 10**6 * config.seed + step  # every step has its own random numbers
+        batch = sampler.generate([q["prompt_ids"] for q in questions], config.group_size, config.temperature, seed)
+        sampler.sleep()
+        run.lap("seconds_rollout")
+
+        # --- log-probs of pi_old and of the reference, by the trainer: the sampler's own differ by rounding ---
+        with accelerator.autocast():
+            if updates > 1:  # with one update, the policy that learns still is pi_old
+                batch["old_logp"] = batch_logprobs(policy, batch, config.temperature, config.tokens_per_microbatch)
+            if reference:
+                batch["ref_logp"] = batch_logprobs(reference, batch, config.temperature, config.tokens_per_microbatch)
+
+        # --- rewards and advantages ---
+        examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
+        scores = score(batch.texts, examples, weights)  # reward name -> B numbers
+        rewards = batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
+
+        # --- update: mu epochs over the rollout ---
+        grad_norms = []
+        for epoch in range(config.epochs):
+            for rows in batch.minibatch_rows(config.minibatches, seed + epoch):
+                if not reference:  # without KL, a response without advantage has no gradient
+                    rows = rows[batch["advantages"][rows] != 0]
+                for micro in batch.microbatches(rows, config.tokens_per_microbatch):
+                    with accelerator.autocast():
+                        logp, entropy = token_logprobs(policy, micro, config.temperature)  # [b, t]
+                    old_logp = micro["old_logp"] if updates > 1 else logp.detach()
+                    ref_logp = micro["ref_logp"] if reference else None
+                    loss, stats = policy_loss(
+                        logp, old_logp, micro["advantages"], micro.response_mask, responses_per_update,
+                        config.clip_low, config.clip_high,
+                        ref_logp, config.beta,
+                        config.max_new_tokens,
+                    )  # fmt: skip
+                    accelerator.backward(loss)
+                    gap = (old_logp - micro.sampler_logp).abs()  # only to be logged
+                    run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap, **stats)
+                sum_gradients(accelerator, parameters)
+                grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0))
+                optimizer.step()  # does nothing where there is no gradient: no KL and no informative group
+                optimizer.zero_grad()
+        sampler.push(policy)  # pi_old <- pi
+        run.lap("seconds_update")  # all since the rollout
+
+        # --- log, evaluate, save ---
+        run.log(step, updates, batch, scores, grad_norm=torch.stack(grad_norms).mean().item(), lr=config.lr)
+        if step == 1 or run.due(config.eval_every, step):
+            run.samples(step, batch, examples, scores)
+        if run.due(config.eval_every, step):
+            run.evaluate(step, sampler, test)
+        run.end_step(step, tokenizer, **state)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(parse(Config))

@@ -1,0 +1,209 @@
+"""dr_grpo.py and rloo.py: patches of grpo.py in marked places, and right."""
+
+import ast
+import copy
+import difflib
+import importlib
+import io
+import itertools
+import math
+import tokenize
+
+import pytest
+import torch
+from conftest import ROOT, make_sampler, read_jsonl, run_script
+
+import dr_grpo
+import grpo
+import rloo
+from data import encode_prompts, load_task
+from rollout import token_logprobs
+
+BUDGET = {"dr_grpo": 10, "rloo": 24}  # added plus removed lines of code against grpo.py
+OBJECTIVE = {"advantage", "kl", "loss", "log-probs", "rewards and advantages", "update"}  # sections that may differ
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def code_lines(script: str) -> list[str]:
+    """The lines of a script without docstrings, comments and blank lines."""
+    text = (ROOT / f"{script}.py").read_text()
+    lines, docstrings = text.splitlines(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+    return [line for row, line in enumerate(lines, 1) if row not in docstrings and line]
+
+
+def sections(script: str) -> dict[str, str]:
+    """The text of a script between its `# --- name ---` markers; a name ends at a colon or at " of "."""
+    text = (ROOT / f"{script}.py").read_text()
+    text = text[text.index('"""', text.index('"""') + 3) :]  # the docstring is the objective's own
+    parts, name = {"top": ""}, "top"
+    for line in text.splitlines(keepends=True):
+        if line.strip().startswith("# --- "):
+            name = line.strip().strip("# -").split(":")[0].split(" of ")[0]
+            assert name not in parts
+            parts[name] = ""
+        parts[name] += line
+    return parts
+
+
+@pytest.mark.parametrize("script", BUDGET)
+def test_a_sibling_is_a_small_patch(script):
+    difference = difflib.unified_diff(code_lines("grpo"), code_lines(script), n=0, lineterm="")
+    changed = [line for line in difference if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    print(f"{script}: {len(changed)} changed lines of at most {BUDGET[script]}", *changed, sep="\n")
+    assert 0 < len(changed) <= BUDGET[script]
+
+
+@pytest.mark.parametrize("script", BUDGET)
+def test_a_sibling_differs_only_in_the_sections_of_its_objective(script):
+    base, other = sections("grpo"), sections(script)
+    assert [name for name in base if name in other] == list(other), "same sections, same order"
+    assert {name for name in base if base[name] != other.get(name, "")} <= OBJECTIVE
+    assert {"top", "training", "rollout", "log, evaluate, save"} <= base.keys()
+
+
+def test_markers_number_the_two_changes_of_dr_grpo():
+    text = (ROOT / "dr_grpo.py").read_text().split('"""\n', 2)[-1]
+    assert text.count("# [B] (1)") == 1 and text.count("# [B] (2)") == 1
+
+
+# --- advantages ---
+
+
+def test_rloo_advantage_leaves_one_out():
+    r = double(1, 0, 0, 4, 2, 2)
+    by_hand = [1 - 0, 0 - 0.5, 0 - 0.5, 4 - 2, 2 - 3, 2 - 3]
+    assert rloo.group_advantages(r, 3).tolist() == pytest.approx(by_hand)
+
+
+def test_rloo_dr_grpo_and_grpo_advantages_differ_by_factors():
+    r = torch.rand(5 * 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    centred = r - r.view(5, 8).mean(1).repeat_interleave(8)
+    assert torch.allclose(dr_grpo.group_advantages(r, 8), centred)
+    assert torch.allclose(rloo.group_advantages(r, 8), 8 / 7 * centred)
+    std = r.view(5, 8).std(1).repeat_interleave(8)
+    assert torch.allclose(grpo.group_advantages(r, 8), centred / (std + 1e-4))
+
+
+@pytest.mark.parametrize("script", [dr_grpo, rloo])
+def test_equal_rewards_give_exactly_zero(script):
+    assert torch.equal(script.group_advantages(torch.full((16,), 0.1), 8), torch.zeros(16))
+
+
+# --- losses ---
+
+
+def dr_loss(logp, old_logp, advantages, mask, budget, n=None):
+    return dr_grpo.policy_loss(logp, old_logp, advantages, mask, n or len(logp), 0.2, 0.2, None, 0.0, budget)[0]
+
+
+def rloo_loss(logp, old_logp, advantages, mask, n=None):
+    return rloo.policy_loss(logp, old_logp, advantages, mask, n or len(logp), 0.2, 0.2)[0]
+
+
+def test_dr_grpo_weights_every_token_alike():
+    # Lengths 4 and 7, advantage 2, C = 7: every token weighs 2/7, so a response twice as long weighs twice as much.
+    mask = torch.arange(7) < torch.tensor([[4], [7]])
+    logp = torch.zeros(2, 7, dtype=torch.float64, requires_grad=True)
+    loss = dr_loss(logp, logp.detach(), double(2, 2), mask, budget=7)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(2 * 4 / 7 + 2) / 2)
+    assert torch.allclose(-logp.grad, mask * double(2 / 7 / 2))
+
+
+def test_rloo_on_policy_is_the_plain_policy_gradient_of_whole_responses():
+    mask = torch.arange(7) < torch.tensor([[4], [7]])
+    logp = torch.zeros(2, 7, dtype=torch.float64, requires_grad=True)
+    rloo_loss(logp, logp.detach(), double(2, -1), mask).backward()
+    assert torch.allclose(-logp.grad, mask * double(2, -1)[:, None] / 2)
+
+
+def test_rloo_ratio_is_of_the_whole_response():
+    logp = double(math.log(2), math.log(0.5), 5.0).view(1, 3)  # ratios 2 and 1/2, their product 1; then padding
+    mask = torch.tensor([[True, True, False]])
+    assert rloo_loss(logp, torch.zeros_like(logp), double(1.0), mask).item() == pytest.approx(-1.0)
+    logp = double(math.log(2), math.log(2), 0.0).view(1, 3).requires_grad_()  # product 4: clipped at 1.2 if A > 0
+    for advantage, value, gradient in ((1.0, -1.2, 0.0), (-1.0, 4.0, 4.0)):
+        loss = rloo_loss(logp, torch.zeros(1, 3, dtype=torch.float64), double(advantage), mask)
+        (g,) = torch.autograd.grad(loss, logp)
+        assert loss.item() == pytest.approx(value) and g.flatten().tolist() == pytest.approx([gradient, gradient, 0])
+
+
+@pytest.mark.parametrize("loss", [lambda *args: dr_loss(*args, budget=6), rloo_loss])
+def test_gradients_against_finite_differences_and_in_parts(loss):
+    g = torch.Generator().manual_seed(3)
+    logp = (-torch.rand(4, 5, dtype=torch.float64, generator=g)).requires_grad_()
+    old = logp.detach() + 0.05 * torch.randn(4, 5, dtype=torch.float64, generator=g)
+    a = torch.randn(4, dtype=torch.float64, generator=g)
+    mask = torch.arange(5) < torch.tensor([[5], [3], [1], [4]])
+    assert torch.autograd.gradcheck(lambda x: loss(x, old, a, mask), logp)
+    whole = loss(logp, old, a, mask)
+    parts = [slice(0, 1), slice(1, 4)]
+    shares = [loss(logp[p], old[p], a[p], mask[p]) * len(a[p]) / 4 for p in parts]
+    assert sum(shares).item() == pytest.approx(whole.item(), abs=1e-12)
+
+
+def test_rloo_is_unbiased_and_dr_grpo_too_up_to_its_factor():
+    """All groups of 2 among all 9 responses of 2 tokens, in proportion to their probability: nothing is sampled."""
+    logits = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    responses = torch.tensor(list(itertools.product(range(3), repeat=2)))  # [9, 2]
+    table = logits.log_softmax(-1)
+    logp = torch.stack([table[0, responses[:, 0]], table[1 + responses[:, 0], responses[:, 1]]], dim=1)  # [9, 2]
+    p = logp.sum(1).exp()
+    reward = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    (exact,) = torch.autograd.grad((p * reward).sum(), logits, retain_graph=True)
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    for script, loss, factor in ((rloo, rloo_loss, 1.0), (dr_grpo, lambda *args: dr_loss(*args, budget=5), 1 / 2 / 5)):
+        expected = 0.0
+        for i, j in itertools.product(range(9), repeat=2):
+            a, group = script.group_advantages(reward[[i, j]], 2), logp[[i, j]]
+            expected = expected - (p[i] * p[j]).detach() * loss(group, group.detach(), a, mask)
+        (gradient,) = torch.autograd.grad(expected, logits, retain_graph=True)
+        assert torch.allclose(gradient, exact * factor, atol=1e-12)
+
+
+def test_on_the_tiny_model_rloo_and_dr_grpo_have_the_same_direction(tiny):
+    model = copy.deepcopy(tiny[0]).double()
+    prompts = [e["prompt_ids"] for e in encode_prompts(load_task("arithmetic").train[:4], tiny[1], "plain", 64)]
+    batch = make_sampler(*tiny).generate(prompts, n=8, temperature=1.0, seed=0)
+    reward = torch.randint(0, 2, (32,), generator=torch.Generator().manual_seed(0)).double()
+
+    def gradient(script, loss):
+        model.zero_grad()
+        logp, _ = token_logprobs(model, batch, 1.0)
+        loss(logp, logp.detach(), script.group_advantages(reward, 8), batch.response_mask).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    a, b = gradient(rloo, rloo_loss), gradient(dr_grpo, lambda *args: dr_loss(*args, budget=64))
+    assert (a - b * 64 * 8 / 7).norm() < 1e-6 * a.norm() and a.norm() > 0
+
+
+# --- the scripts ---
+
+
+@pytest.mark.parametrize("script", BUDGET)
+def test_any_microbatch_size_gives_the_same_run(tmp_path, monkeypatch, script):
+    module = importlib.import_module(script)
+    flags = {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8, "steps": 1, "model": str(ROOT / "tiny")}
+    for budget in (1, 10**6):
+        module.main(module.Config(out=str(tmp_path / str(budget)), tokens_per_microbatch=budget, epochs=2, **flags))
+    one, other = (read_jsonl(tmp_path / str(budget) / "metrics.jsonl")[1] for budget in (1, 10**6))
+    for name in ("loss", "grad_norm", "kl", "entropy", "ratio_max", "reward"):
+        assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("script", BUDGET)
+def test_accuracy_rises(tmp_path, script):
+    run_script(f"{script}.py", "--steps", 25, "--eval-every", 0, "--out", tmp_path / "run")
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert records[-1]["eval_pass@1"] > records[0]["eval_pass@1"] + 0.2
+    assert records[-1]["eval_format"] > records[0]["eval_format"] + 0.2
