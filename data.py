@@ -422,3 +422,71 @@ def demonstrate(example: dict, kind: str, rng: random.Random) -> str:
     while len(response + ending) < length:
         response += "," + rng.choice([*sums, "wait"])
     return response + ending
+
+
+# --- choosing prompts (Kimi k1.5, section 2.1 and 2.3.3) ---
+
+
+def within_difficulty(examples: list[dict], attempt, low: float, high: float, n: int = 10) -> list[dict]:
+    """Keep the questions of which a share within [low, high] of n answers is right: neither hopeless nor known.
+
+    attempt(example, n) lets the model reason and answer n times, and gives n booleans: whether each is right.
+    """
+    return [example for example in examples if low <= sum(attempt(example, n)) / n <= high]
+
+
+def drop_guessable(examples: list[dict], guess, n: int = 8) -> list[dict]:
+    """Drop the questions that the model gets right without reasoning in any of n guesses: they reward luck.
+
+    guess(example, n) asks for n short answers without a chain of thought, and gives n booleans: whether each is right.
+    """
+    return [example for example in examples if not any(guess(example, n))]
+
+
+def easy_first(examples: list[dict], n: int, step: int, steps: int) -> list[dict]:
+    """The easiest questions by their level: a share step/steps of all, but at least n; from step `steps` on, all."""
+    if step >= steps:
+        return examples
+    if any("level" not in example for example in examples):
+        raise SystemExit("--curriculum needs questions with a level; drop it, or use a procedural --task")
+    return sorted(examples, key=lambda example: example["level"])[: max(n, math.ceil(len(examples) * step / steps))]
+
+
+def draw_weighted(examples: list[dict], weights: list[float], n: int, seed: int, step: int) -> list[dict]:
+    """`n` different examples drawn one by one, each time in proportion to the weights of those that are left.
+
+    An example of weight 0 comes only where there are not enough others.
+    """
+    # Example i waits for a time that is exponential with rate w_i; the first n to arrive are such a draw.
+    rng = random.Random(f"draw weighted {seed} {step}")
+    times = [(rng.expovariate(1.0) / w if w > 0 else math.inf, rng.random(), i) for i, w in enumerate(weights)]
+    return [examples[i] for _, _, i in sorted(times)[:n]]
+
+
+class ChoosingDraw:
+    """Called like `draw`: easy questions first; if prioritised, in proportion to 1 - success rate of each question."""
+
+    def __init__(self, curriculum: int, prioritised: bool):
+        self.curriculum, self.prioritised = curriculum, prioritised
+        self.counts = {}  # question -> [right answers, answers] of the whole run
+
+    def __call__(self, examples: list[dict], n: int, seed: int, step: int) -> list[dict]:
+        pool = easy_first(examples, n, step, self.curriculum)
+        if not self.prioritised:
+            return draw(pool, n, seed, step)
+        counts = [self.counts.get(example["question"], (0, 1)) for example in pool]  # never seen: success rate 0
+        return draw_weighted(pool, [1 - right / answers for right, answers in counts], n, seed, step)
+
+    def record(self, examples: list[dict], accuracy: list[float]) -> None:
+        """Count the answers of a step, those of all processes: each one then draws the same questions."""
+        from accelerate.utils import gather_object  # here, because all else in this file does without it
+
+        for question, x in gather_object([(e["question"], x) for e, x in zip(examples, accuracy, strict=True)]):
+            right, answers = self.counts.get(question, (0, 0))
+            self.counts[question] = [right + (x == 1), answers + 1]
+
+    def state_dict(self) -> dict:
+        return self.counts
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts = state

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from data import resolve_template, stop_strings
 
 logging.disable_progress_bar()  # ours shows the training
+logging.set_verbosity_error()  # a value network has a new head: no report about that
 LOGITS_AT_ONCE = 2**25  # logits that stand in memory together: 128 MiB in float32, whatever B, T and the vocabulary
 
 # --- the batch ---

@@ -41,13 +41,13 @@ def parse(config_class):
 
 def check(config, processes: int) -> None:
     """Refuse, before any work, numbers that cannot be meant."""
-    fields = dataclasses.asdict(config)
-    least = {"group_size": 2, "temperature": 0.01, "seed": 0, "eval_every": 0, "save_every": 0}
-    for name, value in fields.items():
-        low = processes if name == "eval_prompts" else least.get(name, 0 if isinstance(value, float) else 1)
+    least = {"group_size": 2, "temperature": 0.01, "eval_every": 0, "save_every": 0, "eval_prompts": processes}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        low = least.get(field.name, 0 if isinstance(value, float) or field.default == 0 else 1)
         if isinstance(value, int | float) and value < low:
-            raise SystemExit(f"--{name.replace('_', '-')} {value}: it must be at least {low}")
-    if "minibatches" in fields:
+            raise SystemExit(f"--{field.name.replace('_', '-')} {value}: it must be at least {low}")
+    if hasattr(config, "minibatches"):
         responses = config.prompts_per_step * config.group_size
         if config.prompts_per_step % processes or responses % (processes * config.minibatches):
             raise SystemExit("--prompts-per-step: give every process and every minibatch the same number of responses")
