@@ -108,9 +108,8 @@ def policy_loss(
     is_clipped = clipped * A < ratio * A  # [B, T] where the clip binds there is no gradient
     stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per token; logged as mean and maximum
     if beta:
-        kl = kl_k3(logp, ref_logp)  # [B, T]
-        objective = objective - beta * kl
-        stats["kl"] = kl
+        stats["kl"] = kl_k3(logp, ref_logp)  # [B, T] D
+        objective = objective - beta * stats["kl"]
     per_response = (objective * mask).sum(1) / mask.sum(1)  # [B] 1/|o_i| sum_t
     return -per_response.sum() / num_responses, stats  # 1/G sum_i
 
@@ -174,11 +173,10 @@ def main(config: Config) -> None:
                     with accelerator.autocast():
                         logp, entropy = token_logprobs(policy, micro, config.temperature)  # [b, t]
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
-                    ref_logp = micro["ref_logp"] if reference else None
                     loss, stats = policy_loss(
                         logp, old_logp, micro["advantages"], micro.response_mask, responses_per_update,
                         config.clip_low, config.clip_high,
-                        ref_logp, config.beta,
+                        micro["ref_logp"] if reference else None, config.beta,
                     )  # fmt: skip
                     accelerator.backward(loss)
                     gap = (old_logp - micro.sampler_logp).abs()  # only to be logged

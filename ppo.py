@@ -203,15 +203,14 @@ def main(config: Config) -> None:
         run.lap("seconds_rollout")
 
         # --- log-probs of pi_old and of the reference, by the trainer: the sampler's own differ by rounding ---
-        with accelerator.autocast():
+        with accelerator.autocast(), torch.no_grad():
             if updates > 1 or reference:  # with one update and no KL, the policy that learns still is pi_old
                 batch["old_logp"] = batch_logprobs(policy, batch, config.temperature, config.tokens_per_microbatch)
             if reference:
                 batch["ref_logp"] = batch_logprobs(reference, batch, config.temperature, config.tokens_per_microbatch)
             batch["values"] = torch.zeros_like(batch.sampler_logp)  # [B, T] V_old
-            batch["row"] = torch.arange(len(batch.texts), device=accelerator.device)  # [B]
             for micro in batch.microbatches(batch["row"], config.tokens_per_microbatch):
-                batch["values"][micro["row"], : micro.response_mask.shape[1]] = token_values(value, micro).detach()
+                batch["values"][micro["row"], : micro.response_mask.shape[1]] = token_values(value, micro)
 
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses

@@ -106,7 +106,7 @@ def format(response: str, example: dict) -> float:
 @reward
 def tagged(response: str, example: dict) -> float:
     """1 if the response ends with an answer between <answer> and </answer>, its only one; no reasoning is asked for."""
-    before, opening, rest = response.rstrip().partition("<answer>")
+    _, opening, rest = response.rstrip().partition("<answer>")
     answer, closing, after = rest.partition("</answer>")
     return float(bool(opening and answer.strip() and closing) and after == "" and "<answer>" not in answer)
 

@@ -140,14 +140,13 @@ def main(config: Config) -> None:
                 batch["old_logp"] = batch_logprobs(policy, batch, config.temperature, config.tokens_per_microbatch)
             if reference:
                 batch["ref_logp"] = batch_logprobs(reference, batch, config.temperature, config.tokens_per_microbatch)
+                batch["kl"] = batch["old_logp"] - batch["ref_logp"]  # [B, T] k1
 
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
         rewards = batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
-        if reference:
-            batch["kl"] = batch["old_logp"] - batch["ref_logp"]  # [B, T] k1
-            rewards = rewards - config.beta * batch["kl"].sum(1)  # [B] R_i
+        rewards = rewards - config.beta * batch["kl"].sum(1) if reference else rewards  # [B] R_i
         batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
 
         # --- update: mu epochs over the rollout ---

@@ -39,7 +39,7 @@ class Rollouts:
     prompt_index: torch.Tensor  # [B] which prompt a row answers
     texts: list[str]  # B responses, decoded without special tokens
     finish_reasons: list[str]  # B times "stop" (end token or stop string) or "length" (cut by the limit)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # what an objective adds, [B] or [B, T]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # "row" [B]; what objectives add, [B] or [B, T]
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         assert len(tensor) == len(self.texts), f"{name} has {len(tensor)} rows, the batch {len(self.texts)}"
@@ -102,7 +102,8 @@ def collate(prompts, responses, logps, finish_reasons, tokenizer, device) -> Rol
     mask = torch.arange(width, device=device) < lengths  # [B, T] by length, never by token id: pad may equal eos
     ids, attention = torch.cat([ids, response_ids], 1), torch.cat([attention, mask.long()], 1)  # [B, L + T]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return Rollouts(ids, attention, mask, logp, index, texts, finish_reasons)
+    rows = torch.arange(len(responses), device=device)  # [B] so that a part of the batch knows where it belongs
+    return Rollouts(ids, attention, mask, logp, index, texts, finish_reasons, {"row": rows})
 
 
 # --- the model and its log-probs ---
@@ -162,7 +163,6 @@ def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Te
 def batch_logprobs(model, batch: Rollouts, temperature: float, budget: int) -> torch.Tensor:
     """[B, T] log-probs of a whole batch without gradient, computed in micro-batches of at most `budget` tokens."""
     logp = torch.zeros_like(batch.sampler_logp)
-    batch["row"] = torch.arange(len(logp), device=logp.device)
     for micro in batch.microbatches(batch["row"], budget):
         part, _ = token_logprobs(model, micro, temperature)
         logp[micro["row"], : part.shape[1]] = part

@@ -32,7 +32,7 @@ from run import Run, parse, sum_gradients
 class Config:
     model: str = "scratch"  # Hugging Face folder or Hub name of the model to train; scratch: a new tiny one
     task: str = "arithmetic"  # what it is evaluated on
-    data: tuple[str, ...] = ()  # JSONL file of prompt/response pairs, taken as they are; empty: demonstrations
+    data: str = ""  # JSONL file of prompt/response pairs, taken as they are; empty: demonstrations
     template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question of the task becomes a prompt
     sampler: Literal["auto", "hf", "vllm"] = "hf"  # what writes the responses it is evaluated on
     steps: int = 2000  # updates
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
     shape = lambda done: min((done + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done / config.steps)))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     state = {"policy": policy, "optimizer": optimizer, "schedule": schedule}  # all that a run needs to go on later
-    pairs = read_jsonl(config.data[0], ("prompt", "response")) if config.data else demonstrations()
+    pairs = read_jsonl(config.data, ("prompt", "response")) if config.data else demonstrations()
     pairs = encode_pairs(pairs, tokenizer)
     _, test = load_prompts(dataclasses.replace(config, data=()), tokenizer)
     sampler = make_sampler(config, policy, tokenizer, accelerator)
@@ -124,8 +124,7 @@ def main(config: Config) -> None:
         prompts, responses = [pair["prompt_ids"] for pair in chosen], [pair["response_ids"] for pair in chosen]
         zeros = [[0.0] * len(response) for response in responses]  # nobody sampled these
         batch = collate(prompts, responses, zeros, ["stop"] * len(responses), tokenizer, policy.device)
-        rows = torch.arange(len(chosen), device=policy.device)
-        for micro in batch.microbatches(rows, config.tokens_per_microbatch):
+        for micro in batch.microbatches(batch["row"], config.tokens_per_microbatch):
             with accelerator.autocast():
                 logp, entropy = token_logprobs(policy, micro, config.temperature)  # [b, t]
             loss = sft_loss(logp, micro.response_mask, num_tokens)

@@ -1,24 +1,18 @@
 """ppo.py: its equations against values worked out by hand, and the script."""
 
 import copy
-import difflib
 import math
 
 import pytest
 import torch
 from conftest import ROOT, make_sampler, read_jsonl, run_script
-from test_siblings import OBJECTIVE, code_lines, sections
+from test_siblings import OBJECTIVE, double, sections
 
 import ppo
 from data import encode_prompts, load_task
 
-BUDGET = 90  # added plus removed lines of code against grpo.py
 MASK = torch.arange(7) < torch.tensor([[7], [4], [1]])  # ragged rows
 SMALL = {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8, "steps": 1, "model": str(ROOT / "tiny")}
-
-
-def double(*values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def random(*shape, seed=0):
@@ -34,11 +28,7 @@ def saved(tmp_path, name):
     return torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
 
 
-def test_it_is_a_patch_of_grpo():
-    difference = difflib.unified_diff(code_lines("grpo"), code_lines("ppo"), n=0, lineterm="")
-    changed = [line for line in difference if line[0] in "+-" and line[:3] not in ("+++", "---")]
-    print(f"ppo: {len(changed)} changed lines of at most {BUDGET}")
-    assert len(changed) <= BUDGET and len((ROOT / "ppo.py").read_text().splitlines()) <= 300
+def test_it_differs_only_in_the_objective_and_in_the_set_up_of_the_value_network():
     base, other = sections("grpo"), sections("ppo")
     assert list(base) == list(other)
     assert {name for name in base if base[name] != other[name]} <= OBJECTIVE | {"top", "training"}
