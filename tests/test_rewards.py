@@ -465,6 +465,25 @@ def test_format(response, expected):
 
 @pytest.mark.parametrize(
     ("response", "expected"),
+    [
+        ("<answer>7</answer>", 1.0),
+        ("4 + 3 is <answer>7</answer>\n", 1.0),
+        ("<answer>7</answer> and more", 0.0),
+        ("<answer>7", 0.0),
+        ("7</answer>", 0.0),
+        ("<answer> </answer>", 0.0),
+        ("<answer>6</answer><answer>7</answer>", 0.0),
+        ("<answer><answer>7</answer>", 0.0),
+        ("7", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_tagged(response, expected):
+    assert rewards.tagged(response, {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
     [(tagged("18"), 1.0), (tagged("17"), 0.0), ("<answer>18</answer>", 0.0), ("18", 0.0), ("<think>so", 0.0)],
 )
 def test_r1_zero_needs_both(response, expected):
