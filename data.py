@@ -33,6 +33,8 @@ COLUMNS = {
     "answer": ("answer", "solution", "response"),
     "prompt": ("prompt", "question", "problem"),
     "response": ("response", "completion", "solution", "answer"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
 }
 
 
@@ -290,13 +292,13 @@ def stop_strings(template: str) -> list[str]:
 def render_prompt(example: dict, tokenizer, template: str) -> str:
     """The prompt as text."""
     template = resolve_template(tokenizer, template)
-    question = example["question"]
-    if template == "plain":
-        return question
-    if template == "r1":
-        return R1_PROMPT.format(question=question)
-    messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    question, system = example["question"], example.get("system", "")
+    if template == "chat":
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    question = f"{system}\n\n{question}" if system else question
+    return R1_PROMPT.format(question=question) if template == "r1" else question
 
 
 def encode_prompt(example: dict, tokenizer, template: str) -> list[int]:
@@ -359,6 +361,70 @@ def encode_pairs(pairs: list[dict], tokenizer) -> list[dict]:
         response_ids = tokenizer.encode(pair["response"], add_special_tokens=False) + [tokenizer.eos_token_id]
         encoded.append(pair | {"prompt_ids": prompt_ids, "response_ids": response_ids})
     return encoded
+
+
+# --- preference pairs ---
+
+
+def read_preferences(source: str) -> tuple[list[dict], list[dict]]:
+    """The train and the test pairs of a JSONL file (no test pairs) or a Hub set: prompt, chosen, rejected and system.
+
+    A conversation, a list of {"role", "content"} as in many sets on the Hub, stands for its last message; without a
+    prompt, the message before it is the prompt.
+    """
+    splits = []
+    for rows in read_source(source):
+        pairs = []
+        for where, row in rows:
+            talks = {name: row[name] for name in ("prompt", "chosen", "rejected") if isinstance(row.get(name), list)}
+            row = row | {name: last_message(talk, where) for name, talk in talks.items()}
+            if "chosen" in talks and not any(name in row for name in COLUMNS["prompt"]):
+                row["prompt"] = last_message(talks["chosen"][:-1], where)
+            pair = pick_fields(row, ("prompt", "chosen", "rejected"), where)
+            pairs.append(pair | {"question": pair["prompt"], "system": row.get("system") or ""})
+        splits.append(pairs)
+    return splits[0], splits[1]
+
+
+def last_message(conversation: list, where: str) -> str:
+    try:
+        return conversation[-1]["content"]
+    except (IndexError, KeyError, TypeError):
+        raise SystemExit(f'{where}: a conversation is a list of {{"role": ..., "content": ...}}') from None
+
+
+def load_pairs(config, tokenizer) -> tuple[list[dict], list[dict]]:
+    """The training pairs and the first --eval-prompts held-out ones, with "prompt_ids", "chosen_ids", "rejected_ids".
+
+    The end token belongs to a response. What is longer than --max-new-tokens is cut, and has no end; pairs with a
+    prompt longer than --max-prompt-tokens are left out.
+    """
+    if len(config.data) > 2:
+        raise SystemExit("--data takes one source of pairs, or two: TRAIN.jsonl HELD_OUT.jsonl")
+    train, test = read_preferences(config.data[0])
+    if len(config.data) == 2:
+        second, test = read_preferences(config.data[1])
+        test = test or second
+    if not test:  # the same pairs are held out in every run
+        train = draw(train, len(train), SPLIT_SEED, step=1)
+        size = min(TEST_SIZE, math.ceil(len(train) / 10))
+        train, test = train[size:], train[:size]
+    if not train:
+        raise SystemExit(f"{config.data[0]}: no pair is left to train on; --data needs two pairs or more")
+    held_out, cut = {(pair["system"], pair["prompt"]) for pair in test}, 0
+    train = [pair for pair in train if (pair["system"], pair["prompt"]) not in held_out]
+    splits = []
+    for name, pairs in (("training", train), ("held-out", test[: config.eval_prompts])):
+        pairs = encode_prompts(pairs, tokenizer, config.template, config.max_prompt_tokens, name)
+        for pair in pairs:
+            for response in ("chosen", "rejected"):
+                ids = tokenizer.encode(pair[response], add_special_tokens=False) + [tokenizer.eos_token_id]
+                pair[f"{response}_ids"] = ids[: config.max_new_tokens]
+                cut += len(ids) > config.max_new_tokens
+        splits.append(pairs)
+    if cut:
+        print(f"data: {cut} responses are longer than --max-new-tokens {config.max_new_tokens} and were cut there")
+    return splits[0], splits[1]
 
 
 # --- which prompts a step sees ---

@@ -19,8 +19,9 @@ where the old values V_old, like A and R, are those of the rollout. Then A is wh
 GRPO (grpo.py) drops V, and with it gamma, lam and the value loss: the mean of the group is the baseline.
 Kept from PPO: all of the above; several updates per rollout by --epochs and --minibatches, 1 as in grpo.py (the clips
 act only with more). With gamma = lam = 1 (the default) A_t is the rewards to come minus V_t. Added: each network's
-gradient is clipped to norm 1. Left out: an adaptive beta, the entropy bonus, a penalty for responses without an end, a
-learned reward model. One response per question would do; --group-size stays, for rollouts equal to those of grpo.py.
+gradient is clipped to norm 1. Left out: an adaptive beta, the entropy bonus, a penalty for responses without an end.
+One response per question would do; --group-size stays, for rollouts equal to those of grpo.py. With a learned reward,
+as in RLHF: --rewards path/to/reward_model=1 --value-model path/to/reward_model, where V then starts.
 
     python ppo.py
         On a CPU, no download: a tiny model learns to think before it answers, and is right.

@@ -6,7 +6,8 @@ A reward is a function `(response, example) -> float`, registered under its own 
     def short(response, example):
         return 1.0 if len(response) < 200 else 0.0
 
-Write one like it in this file and name it on the command line: `accuracy=1 short=0.1`.
+Write one like it in this file and name it on the command line: `accuracy=1 short=0.1`. A learned reward model is
+named by its folder or its name on the Hub: `accuracy=0 path/to/reward_model=1`.
 
 An `example` comes from data.py: a dict with "question", "answer" and "verifier" ("number", "math" or "countdown");
 countdown examples also have "numbers" and "target". Examples are trusted. Responses are not: a model in training
@@ -44,8 +45,12 @@ def parse_weights(specs) -> dict[str, float]:
             weight = float(text) if equals else 1.0
         except ValueError:
             weight = math.nan
+        if "/" in name and name not in REWARDS:
+            REWARDS[name] = RewardModel(name)
         if name not in REWARDS:
-            raise SystemExit(f"unknown reward {name!r}; choose from: {known}")
+            raise SystemExit(
+                f"unknown reward {name!r}; choose from: {known}, or the path of a reward model, with a / in it"
+            )
         if name in weights:
             raise SystemExit(f"reward {name!r} is named twice; name each one once, out of: {known}")
         if not math.isfinite(weight):
@@ -115,6 +120,41 @@ def tagged(response: str, example: dict) -> float:
 def r1_zero(response: str, example: dict) -> float:
     """1 only if format and accuracy both are: nothing for the mere look of an answer."""
     return float(format(response, example) == 1.0 and accuracy(response, example) == 1.0)
+
+
+class RewardModel:
+    """A learned reward: a Hugging Face sequence-classification model with one label, and its own tokenizer.
+
+    It reads the text of question and response, in its chat template if it has one, so its tokens need not be those of
+    the policy. No padding: each response is read alone, and its score is that of its last token.
+    """
+
+    def __init__(self, path: str):
+        import torch  # here, because verifiers do without it
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            load = AutoModelForSequenceClassification.from_pretrained
+            model, info = load(path, num_labels=1, output_loading_info=True, ignore_mismatched_sizes=True)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"reward model {path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise SystemExit(f"reward model {path}: no reward model; it needs a score head with one label")
+        self.model, self.inference = (
+            model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),
+            torch.inference_mode,
+        )
+
+    def __call__(self, response: str, example: dict) -> float:
+        if self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": example["question"]}, {"role": "assistant", "content": response}]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        else:
+            ids = self.tokenizer(example["question"] + response, return_tensors="pt")["input_ids"]
+        with self.no_grad():
+            return self.model(ids.to(self.device)).logits.item()
 
 
 # --- finding the answer ---

@@ -69,18 +69,19 @@ class Rollouts:
         order = torch.randperm(len(self.texts), generator=torch.Generator().manual_seed(seed))
         return [part.sort().values.to(self.input_ids.device) for part in order.tensor_split(count)]
 
-    def microbatches(self, rows: torch.Tensor, budget: int) -> Iterator["Rollouts"]:
-        """The given rows in parts alike in length, each at most `budget` tokens with its padding (but one row)."""
-        sizes = torch.stack([self.attention_mask.sum(1) - self.lengths, self.lengths])[:, rows].tolist()  # [2][R]
-        part, left, right = [], 0, 0
-        for length, i in sorted(((length, i) for i, length in enumerate(sizes[1])), reverse=True):
-            left, right = max(left, sizes[0][i]), max(right, length)
-            if part and (len(part) + 1) * (left + right) > budget:
-                yield self.select(rows[part])
-                part, left, right = [], sizes[0][i], length
+    def microbatches(self, rows: torch.Tensor, budget: int, together: int = 1) -> Iterator["Rollouts"]:
+        """The rows in parts alike in length, of at most `budget` tokens with padding; `together`: 2 parts no pair."""
+        rows, part, left, right = rows.view(-1, together), [], 0, 0  # [R, together]
+        sizes = torch.stack([self.attention_mask.sum(1) - self.lengths, self.lengths])  # [2, B]
+        prompts, lengths = sizes[:, rows].amax(2).tolist()  # [R] each
+        for length, i in sorted(((length, i) for i, length in enumerate(lengths)), reverse=True):
+            left, right = max(left, prompts[i]), max(right, length)
+            if part and (len(part) + 1) * together * (left + right) > budget:
+                yield self.select(rows[part].flatten())
+                part, left, right = [], prompts[i], length
             part.append(i)
         if part:
-            yield self.select(rows[part])
+            yield self.select(rows[part].flatten())
 
 
 def left_pad(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +103,8 @@ def collate(prompts, responses, logps, finish_reasons, tokenizer, device) -> Rol
     mask = torch.arange(width, device=device) < lengths  # [B, T] by length, never by token id: pad may equal eos
     ids, attention = torch.cat([ids, response_ids], 1), torch.cat([attention, mask.long()], 1)  # [B, L + T]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    rows = torch.arange(len(responses), device=device)  # [B] so that a part of the batch knows where it belongs
-    return Rollouts(ids, attention, mask, logp, index, texts, finish_reasons, {"row": rows})
+    rows = {"row": torch.arange(len(responses), device=device)}  # so that a part of the batch knows where it belongs
+    return Rollouts(ids, attention, mask, logp, index, texts, finish_reasons, rows)
 
 
 # --- the model and its log-probs ---
@@ -284,12 +285,11 @@ class VLLMSampler:
         flags |= {"stop": self.stop, "detokenize": bool(self.stop), "stop_token_ids": list(self.ends)}
         seeds = random.Random(seed).sample(range(2**31), len(prompts))  # sample i of a request gets its seed + i
         params = [self.SamplingParams(seed=s, **flags) for s in seeds]
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = [out for request in self.llm.generate(requests, params, use_tqdm=False) for out in request.outputs]
-        responses = [list(out.token_ids) for out in outputs]
+        requests = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        outputs = [out for request in requests for out in request.outputs]
+        responses, reasons = [list(out.token_ids) for out in outputs], [out.finish_reason for out in outputs]
         logps = [[by_id[i].logprob for i, by_id in zip(out.token_ids, out.logprobs, strict=True)] for out in outputs]
-        finish_reasons = [out.finish_reason for out in outputs]
-        return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.policy.device)
+        return collate(prompts, responses, logps, reasons, self.tokenizer, self.policy.device)
 
     def _gap(self) -> float:
         """Mean |log-prob in vLLM - log-prob in the trainer| in nats, on a few short samples."""

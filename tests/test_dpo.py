@@ -1,0 +1,304 @@
+"""dpo.py: three objectives against values worked out by hand, how pairs are made and read, and the script."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from conftest import ROOT, read_jsonl, run_script, without_times
+from test_siblings import double, sections
+from torch.nn.functional import logsigmoid
+
+import data
+import dpo
+from dpo import dpo_loss, dpo_norm_loss, long2short_pairs, simpo_loss, verified_pairs
+
+OBJECTIVES = {"dpo": dpo_loss, "dpo_norm": dpo_norm_loss, "simpo": simpo_loss}
+MASK = torch.arange(6) < torch.tensor([[6], [2], [1], [4], [3], [5]])  # three pairs of ragged rows
+SMALL = {"pair_prompts": 16, "pairs_per_step": 6, "eval_prompts": 8, "steps": 2, "model": str(ROOT / "tiny")}
+
+
+def ragged(seed=0):
+    """Log-probs with gradient and those of the reference, for three pairs; what is off the mask is noise."""
+    g = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(6, 6, dtype=torch.float64, generator=g)
+    ref_logp = logp + 0.5 * torch.randn(6, 6, dtype=torch.float64, generator=g)
+    return logp.requires_grad_(), ref_logp
+
+
+def run(tmp_path, name, **flags):
+    dpo.main(dpo.Config(out=str(tmp_path / name), **SMALL | flags))
+    return read_jsonl(tmp_path / name / "metrics.jsonl")
+
+
+def test_its_sections_are_those_of_grpo_where_there_is_a_counterpart():
+    base, other = sections("grpo"), sections("dpo")
+    shared = [name for name in other if name in base]
+    assert shared == ["top", "loss", "training", "log-probs", "update", "log, evaluate, save"]
+    assert [name for name in base if name in other] == shared, "in the same order"
+    lines = {line.split("  #")[0] for line in base["training"].splitlines()}
+    same = [line for line in other["training"].splitlines() if line.split("  #")[0] in lines]
+    assert len(same) >= 18, "the set-up is the same where it can be"
+
+
+# --- the objectives ---
+
+
+def test_dpo_at_the_reference_is_log_2_with_the_gradient_by_hand():
+    logp, _ = ragged()
+    loss, stats = dpo_loss(logp, logp.detach(), MASK, 3, beta=0.3)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-12)
+    sign = double(-1, 1, -1, 1, -1, 1)[:, None]  # the chosen response rises, the rejected one falls
+    assert torch.allclose(logp.grad, sign * 0.3 / 2 / 3 * MASK)
+    assert torch.equal(stats["margin"], torch.zeros(3, 1, dtype=torch.float64))
+
+
+def test_dpo_weighs_a_pair_by_how_wrong_its_rewards_are():
+    logp, ref_logp = ragged()
+    loss, stats = dpo_loss(logp, ref_logp, MASK, 3, beta=0.3)
+    loss.backward()
+    R = 0.3 * ((logp - ref_logp).detach() * MASK).sum(1)
+    for i in range(3):
+        weight = 0.3 / (1 + math.exp(R[2 * i] - R[2 * i + 1]))  # beta sigma(R_l - R_w)
+        assert torch.allclose(logp.grad[2 * i], -weight / 3 * MASK[2 * i].double())
+        assert torch.allclose(logp.grad[2 * i + 1], weight / 3 * MASK[2 * i + 1].double())
+        assert stats["reward_chosen"][i].item() == pytest.approx(R[2 * i].item())
+
+
+def test_values_by_hand():
+    # One pair: 2 chosen tokens of log-ratio 1 and 3 (log pi -1, -2), 1 rejected token of log-ratio -1 (log pi -3).
+    mask = torch.tensor([[True, True], [True, False]])
+    logp, ref_logp = double(-1, -2, -3, 99).view(2, 2), double(-2, -5, -2, -99).view(2, 2)
+    by_hand = {
+        dpo_loss: 0.1 * 4 - 0.1 * -1,
+        dpo_norm_loss: 5 * (4 / 2) - 5 * -1,
+        simpo_loss: 2 * (-3 / 2) - 2 * -3 - 1,
+    }
+    for objective, logit in by_hand.items():
+        loss, stats = objective(logp, ref_logp, mask, 1)
+        assert loss.item() == pytest.approx(math.log(1 + math.exp(-logit)), abs=1e-12)
+        assert stats["logp_chosen"].item() == -3 and stats["logp_rejected"].item() == -3
+        assert stats["length_chosen"].item() == 2 and stats["length_rejected"].item() == 1
+        assert stats["pair_accuracy"].item() == 1
+    assert simpo_loss(logp, None, mask, 1, beta=4, gamma=2)[0].item() == pytest.approx(math.log(1 + math.exp(-4)))
+    assert simpo_loss(logp, None, mask, 1)[1]["margin"].item() == 3, "the margin is logged without gamma"
+
+
+@pytest.mark.parametrize(("objective", "factor"), [(dpo_loss, 2), (dpo_norm_loss, 1), (simpo_loss, 1)])
+def test_only_in_dpo_a_response_twice_as_long_has_twice_the_reward(objective, factor):
+    logp, ref_logp = torch.full((2, 8), -1.0), torch.full((2, 8), -1.5)
+    rewards = []
+    for length in (4, 8):
+        mask = torch.arange(8) < torch.tensor([[length], [2]])
+        rewards.append(objective(logp, ref_logp, mask, 1)[1]["reward_chosen"].item())
+    assert rewards[1] == pytest.approx(factor * rewards[0])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values())
+def test_gradients_against_finite_differences_and_in_parts(objective):
+    logp, ref_logp = ragged(1)
+    loss = lambda x: objective(x, ref_logp, MASK, 3)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(loss, logp)
+    parts = [slice(0, 4), slice(4, 6)]
+    shares = [objective(logp[p], ref_logp[p], MASK[p], 3)[0] for p in parts]
+    assert sum(shares).item() == pytest.approx(loss(logp).item(), abs=1e-12)
+    (gradient,) = torch.autograd.grad(loss(logp), logp)
+    assert torch.equal(gradient != 0, MASK), "all response tokens, and nothing else"
+
+
+def test_the_best_policy_for_preferences_is_that_of_the_reward_behind_them():
+    """Bradley-Terry preferences of a reward r: eq. 7 is stationary at pi proportional to pi_ref exp(r / beta)."""
+    g = torch.Generator().manual_seed(0)
+    r, ref = torch.randn(5, dtype=torch.float64, generator=g), torch.randn(5, dtype=torch.float64, generator=g)
+    ref, mask = ref.log_softmax(0), torch.ones(2, 1, dtype=torch.bool)
+
+    def gradient(logits):
+        logp, loss = logits.log_softmax(0), 0.0  # five responses of one token
+        for i, j in itertools.permutations(range(5), 2):
+            prefers = torch.sigmoid(r[i] - r[j])
+            loss = loss + prefers * dpo_loss(logp[[i, j], None], ref[[i, j], None], mask, 1, beta=0.7)[0]
+        return torch.autograd.grad(loss, logits)[0]
+
+    assert gradient((ref + r / 0.7).requires_grad_()).abs().max() < 1e-12
+    assert gradient(ref.clone().requires_grad_()).abs().max() > 0.1
+    assert gradient((ref - r / 0.7).requires_grad_()).abs().max() > 0.1
+
+
+# --- pairs ---
+
+
+def rows(choose, right, lengths):
+    return choose(torch.tensor(right) == 1, torch.tensor(lengths))
+
+
+def test_verified_pairs_are_the_first_right_and_the_first_wrong_answer():
+    assert rows(verified_pairs, [0, 0, 1, 1], [1, 2, 3, 4]) == [(2, 0)]
+    assert rows(verified_pairs, [1, 0, 1, 0], [1, 2, 3, 4]) == [(0, 1)]
+    assert rows(verified_pairs, [1, 1], [1, 2]) == rows(verified_pairs, [0, 0], [1, 2]) == []
+
+
+def test_long2short_pairs():
+    # The shortest right answer has 10 tokens: rejected are longer wrong ones, and right ones of at least 15.
+    assert rows(long2short_pairs, [1, 1, 1, 1, 0, 0, 0], [20, 10, 14, 15, 9, 10, 11]) == [(1, 0), (1, 3), (1, 6)]
+    assert rows(long2short_pairs, [0, 0], [5, 9]) == [] and rows(long2short_pairs, [1, 1], [8, 11]) == []
+    assert rows(long2short_pairs, [1, 1], [30, 12]) == [(1, 0)]
+
+
+def test_sampled_pairs_are_what_they_say(tiny, sampler):
+    task = data.load_task("arithmetic")
+    questions = data.encode_prompts(task.train[:70], tiny[1], "plain", 64)
+    config = dpo.Config(group_size=8)
+    pairs = dpo.sample_pairs(config, sampler, questions, seed=0)
+    assert len(pairs) > 40 and len({pair["prompt"] for pair in pairs}) == len(pairs)
+    answers = {question["question"]: question for question in questions}
+    from rewards import accuracy
+
+    for pair in pairs:
+        example = answers[pair["prompt"]]
+        assert accuracy(pair["chosen"], example) == 1 and accuracy(pair["rejected"], example) == 0
+        for name in ("chosen", "rejected"):
+            ids = pair[f"{name}_ids"]
+            assert tiny[1].decode(ids, skip_special_tokens=True) == pair[name]
+            assert (ids[-1] == tiny[1].eos_token_id) or len(ids) == 64
+    batch = dpo.pair_batch(pairs[:5], tiny[1], torch.device("cpu"))
+    assert batch.texts == [pair[name] for pair in pairs[:5] for name in ("chosen", "rejected")]
+    assert batch.prompt_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("budget", [1, 150, 10**6])
+def test_no_pair_is_parted(tiny, budget):
+    ids = [3, 4, 5]
+    pairs = [
+        {"prompt_ids": ids[: i % 3 + 1], "chosen_ids": [7] * (i + 1), "rejected_ids": [8] * (10 - i)} for i in range(10)
+    ]
+    batch = dpo.pair_batch(pairs, tiny[1], torch.device("cpu"))
+    parts = list(batch.microbatches(batch["row"], budget, together=2))
+    seen = torch.cat([part["row"] for part in parts])
+    assert torch.equal(seen[0::2] + 1, seen[1::2]) and sorted(seen.tolist()) == list(range(20))
+    assert all(part.input_ids.numel() <= budget or len(part.texts) == 2 for part in parts)
+    assert len(parts) == (10 if budget == 1 else 1 if budget == 10**6 else len(parts)) and (
+        budget != 150 or len(parts) > 1
+    )
+
+
+def write(path, *pairs):
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return str(path)
+
+
+def pair(i, **more):
+    return {"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} | more
+
+
+def test_pairs_from_a_file(tmp_path, tiny, capsys):
+    path = write(tmp_path / "a.jsonl", *(pair(i) for i in range(30)))
+    train, test = data.load_pairs(dpo.Config(data=(path,), max_new_tokens=7), tiny[1])
+    assert len(train) == 27 and len(test) == 3 and not {p["prompt"] for p in train} & {p["prompt"] for p in test}
+    again, _ = data.load_pairs(dpo.Config(data=(path,), seed=5), tiny[1])
+    assert {p["prompt"] for p in again} == {p["prompt"] for p in train}, "whatever the seed"
+    first = next(p for p in train + test if p["prompt"] == "p1")
+    assert tiny[1].decode(first["prompt_ids"]) == "p1"
+    assert first["chosen_ids"] == tiny[1].encode("good 1") + [tiny[1].eos_token_id]
+    cut = next(p for p in train + test if p["prompt"] == "p12")
+    assert cut["chosen_ids"] == tiny[1].encode("good 12") and "20 responses are longer" in capsys.readouterr().out
+
+
+def test_a_second_source_is_held_out(tmp_path, tiny):
+    a, b = write(tmp_path / "a.jsonl", pair(1), pair(2)), write(tmp_path / "b.jsonl", pair(2), pair(3))
+    train, test = data.load_pairs(dpo.Config(data=(a, b)), tiny[1])
+    assert [p["prompt"] for p in train] == ["p1"] and [p["prompt"] for p in test] == ["p2", "p3"]
+
+
+def test_conversations_and_system_prompts(tmp_path, tiny):
+    user, good = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "good"}
+    talk = {"chosen": [user, good], "rejected": [user, {"role": "assistant", "content": "bad"}]}
+    path = write(tmp_path / "a.jsonl", talk, pair(1, system="be kind"))
+    (first, second), _ = data.read_preferences(path)
+    assert (first["prompt"], first["chosen"], first["rejected"]) == ("hi", "good", "bad")
+    assert data.render_prompt(second, tiny[1], "plain") == "be kind\n\np1"
+    with pytest.raises(SystemExit, match=r"a.jsonl:1: a conversation is a list"):
+        data.read_preferences(write(tmp_path / "a.jsonl", pair(1, chosen=["x"])))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([{"prompt": "p", "chosen": "c"}], 'no "rejected"'),
+        ([pair(1, rejected="")], '"rejected" must be non-empty text'),
+        ([pair(1)], "no pair is left to train on"),
+    ],
+)
+def test_bad_pairs_are_one_clear_line(tmp_path, pairs, words, tiny):
+    with pytest.raises(SystemExit, match=words) as error:
+        data.load_pairs(dpo.Config(data=(write(tmp_path / "a.jsonl", *pairs),)), tiny[1])
+    assert "\n" not in str(error.value)
+
+
+# --- the script ---
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_any_microbatch_size_gives_the_same_run(tmp_path, objective):
+    records = [run(tmp_path, str(b), objective=objective, tokens_per_microbatch=b)[1:] for b in (1, 10**6)]
+    for one, other in zip(*records, strict=True):
+        for name in without_times([one])[0].keys() - {"pair_accuracy"}:  # at first ties, which rounding breaks
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+    assert records[0][0]["loss"] == pytest.approx(math.log(2), abs=1e-6) or objective == "simpo"
+
+
+@pytest.mark.parametrize(("objective", "models"), [("dpo", 2), ("dpo_norm", 2), ("simpo", 1)])
+def test_simpo_loads_no_reference_model(tmp_path, monkeypatch, objective, models):
+    loaded, load = [], dpo.load_model
+    monkeypatch.setattr(dpo, "load_model", lambda path, device: loaded.append(path) or load(path, device))
+    run(tmp_path, "run", objective=objective, steps=1)
+    assert len(loaded) == models
+
+
+@pytest.mark.parametrize(("objective", "beta"), [("dpo", 0.1), ("dpo_norm", 5.0), ("simpo", 2.0)])
+def test_beta_0_is_the_objectives_own(tmp_path, objective, beta):
+    first, second = (run(tmp_path, str(b), objective=objective, beta=b) for b in (0.0, beta))
+    assert without_times(first) == without_times(second)
+
+
+def test_the_held_out_metrics_are_those_of_the_saved_model(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", *({"prompt": f"{i}+1=", "chosen": f"{i + 1}", "rejected": "9"} for i in range(20))
+    )
+    records = run(tmp_path, "run", data=(path,), steps=3)
+    assert "eval_accuracy" not in records[-1] and len(records) == 4
+    config = dpo.Config(data=(path,), **SMALL)
+    policy, tokenizer = dpo.load_model(str(tmp_path / "run" / "model"), torch.device("cpu"))
+    reference, _ = dpo.load_model(str(ROOT / "tiny"), torch.device("cpu"))
+    batch = dpo.pair_batch(data.load_pairs(config, tokenizer)[1], tokenizer, torch.device("cpu"))
+    with torch.no_grad():
+        a, b = (dpo.token_logprobs(model, batch, 1.0)[0].sum(1) for model in (policy, reference))
+    R = 0.1 * (a - b)
+    assert records[-1]["eval_margin"] == pytest.approx((R[0::2] - R[1::2]).mean().item(), abs=1e-5)
+    assert records[-1]["eval_loss"] == pytest.approx(-logsigmoid(R[0::2] - R[1::2]).mean().item(), abs=1e-5)
+
+
+def test_resuming_continues_to_the_bit(tmp_path):
+    whole = run(tmp_path, "whole", steps=4, eval_every=2)
+    run(tmp_path, "part", steps=2)
+    resumed = run(tmp_path, "part", steps=4, eval_every=2, resume=str(tmp_path / "part"))
+    assert without_times(resumed) == without_times(whole)
+    saved = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "part")]
+    assert all(torch.equal(saved[0]["policy"][k], saved[1]["policy"][k]) for k in saved[0]["policy"])
+
+
+def test_no_pairs_is_one_clear_line(tmp_path):
+    with pytest.raises(SystemExit, match="no pair: it takes a right and a wrong answer"):
+        run(tmp_path, "run", max_new_tokens=2)  # too short for any answer
+
+
+def test_margin_and_accuracy_rise_on_held_out_pairs(tmp_path):
+    run_script("dpo.py", "--steps", 20, "--eval-every", 0, "--out", tmp_path / "run")
+    first, *_, last = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert first["eval_margin"] == 0 and last["eval_margin"] > 0.3
+    assert first["eval_pair_accuracy"] == 0 and last["eval_pair_accuracy"] > 0.8, "at first all rewards are 0: ties"
+    assert last["eval_loss"] < first["eval_loss"] - 0.15
+    assert last["eval_reward_chosen"] > last["eval_reward_rejected"]
+    assert last["eval_logp_rejected"] < first["eval_logp_rejected"]
+    assert last["eval_pass@1"] > first["eval_pass@1"] + 0.1, "and the questions themselves are answered better"
