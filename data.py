@@ -365,6 +365,34 @@ def encode_pairs(pairs: list[dict], tokenizer) -> list[dict]:
 
 # --- preference pairs ---
 
+RESPONSES = ("chosen", "rejected")
+
+
+def sample_pairs(config, sampler, questions: list[dict], choose, seed: int) -> list[dict]:
+    """Pairs of a model's own answers: choose(right, lengths) of the G answers to a question gives (chosen, rejected).
+
+    All that the processes find is put together. Ids are those that were sampled, the end token included.
+    """
+    from accelerate.utils import gather_object  # here, because most of this file does without these
+    from tqdm import tqdm
+
+    from rewards import score
+
+    pairs, size = [], config.group_size
+    for first in tqdm(range(0, len(questions), 64), desc="answers to make pairs of", leave=False):
+        part = questions[first : first + 64]
+        batch = sampler.generate([q["prompt_ids"] for q in part], size, config.temperature, seed + first)
+        right = [x == 1 for x in score(batch.texts, [part[i] for i in batch.prompt_index], [])["accuracy"]]
+        ids, lengths = batch.input_ids[:, -batch.response_mask.shape[1] :].tolist(), batch.lengths.tolist()
+        for i, question in enumerate(part):
+            rows = range(i * size, (i + 1) * size)
+            for chosen in choose([right[row] for row in rows], [lengths[row] for row in rows]):
+                pair = {"prompt": question["question"], "prompt_ids": question["prompt_ids"]}
+                for name, g in zip(RESPONSES, chosen, strict=True):
+                    pair |= {name: batch.texts[rows[g]], f"{name}_ids": ids[rows[g]][: lengths[rows[g]]]}
+                pairs.append(pair)
+    return gather_object(pairs)
+
 
 def read_preferences(source: str) -> tuple[list[dict], list[dict]]:
     """The train and the test pairs of a JSONL file (no test pairs) or a Hub set: prompt, chosen, rejected and system.
@@ -376,11 +404,11 @@ def read_preferences(source: str) -> tuple[list[dict], list[dict]]:
     for rows in read_source(source):
         pairs = []
         for where, row in rows:
-            talks = {name: row[name] for name in ("prompt", "chosen", "rejected") if isinstance(row.get(name), list)}
+            talks = {name: row[name] for name in ("prompt", *RESPONSES) if isinstance(row.get(name), list)}
             row = row | {name: last_message(talk, where) for name, talk in talks.items()}
             if "chosen" in talks and not any(name in row for name in COLUMNS["prompt"]):
                 row["prompt"] = last_message(talks["chosen"][:-1], where)
-            pair = pick_fields(row, ("prompt", "chosen", "rejected"), where)
+            pair = pick_fields(row, ("prompt", *RESPONSES), where)
             pairs.append(pair | {"question": pair["prompt"], "system": row.get("system") or ""})
         splits.append(pairs)
     return splits[0], splits[1]
@@ -417,7 +445,7 @@ def load_pairs(config, tokenizer) -> tuple[list[dict], list[dict]]:
     for name, pairs in (("training", train), ("held-out", test[: config.eval_prompts])):
         pairs = encode_prompts(pairs, tokenizer, config.template, config.max_prompt_tokens, name)
         for pair in pairs:
-            for response in ("chosen", "rejected"):
+            for response in RESPONSES:
                 ids = tokenizer.encode(pair[response], add_special_tokens=False) + [tokenizer.eos_token_id]
                 pair[f"{response}_ids"] = ids[: config.max_new_tokens]
                 cut += len(ids) > config.max_new_tokens

@@ -36,16 +36,11 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch.nn.functional import logsigmoid
-from tqdm import tqdm
 
-from data import draw, load_pairs, load_prompts
-from rewards import score
+from data import RESPONSES, draw, load_pairs, load_prompts, sample_pairs
 from rollout import batch_logprobs, check_sampler, collate, load_model, make_sampler, token_logprobs
 from run import Run, parse, sum_gradients
-
-RESPONSES = ("chosen", "rejected")
 
 
 @dataclass
@@ -65,8 +60,8 @@ class Config:
     max_new_tokens: int = 64  # longest response |y|, tokens; longer ones of --data are cut
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
-    lr: float = 1e-4  # learning rate of AdamW; 5e-7 to 5e-6 for a pretrained model
-    beta: float = 0.0  # beta; 0: 0.1 for dpo, 5 for dpo_norm, 2 for simpo, as it means another thing in each
+    lr: float = 5e-5  # learning rate of AdamW; 5e-7 to 5e-6 for a pretrained model
+    beta: float = 0.0  # beta; 0: 0.5 for dpo, 5 for dpo_norm, 2 for simpo, as it means another thing in each
     gamma: float = 1.0  # gamma of simpo, in units of its reward
     eval_every: int = 20  # steps between evaluations; 0: only before and after
     eval_prompts: int = 128  # held-out questions or pairs per evaluation
@@ -80,43 +75,23 @@ class Config:
 # --- pairs ---
 
 
-def verified_pairs(right: torch.Tensor, lengths: torch.Tensor) -> list[tuple[int, int]]:
+def verified_pairs(right: list[bool], lengths: list[int]) -> list[tuple[int, int]]:
     """(chosen, rejected) of G answers to one question: the first right one and the first wrong one, if there are both.
 
-    right [G]: True where the answer is; lengths [G] in tokens, not used here.
+    right: whether each of the G answers is; lengths: in tokens, not used here.
     """
-    return [(right.int().argmax().item(), right.int().argmin().item())] if right.any() and not right.all() else []
+    return [(right.index(True), right.index(False))] if any(right) and not all(right) else []
 
 
-def long2short_pairs(right: torch.Tensor, lengths: torch.Tensor) -> list[tuple[int, int]]:
-    """(chosen, rejected) of G answers to one question: the shortest right one against each longer wrong one, and
-    against each right one at least 1.5 times as long. right [G]: True where the answer is; lengths [G] in tokens.
+def long2short_pairs(right: list[bool], lengths: list[int]) -> list[tuple[int, int]]:
+    """(chosen, rejected) of G answers to one question: the shortest right one, and each longer wrong one or right one
+    that is at least 1.5 times as long. Arguments as in verified_pairs.
     """
-    if not right.any():
+    chosen = min((g for g in range(len(right)) if right[g]), key=lambda g: lengths[g], default=None)
+    if chosen is None:
         return []
-    chosen = lengths.masked_fill(~right, lengths.max() + 1).argmin()
-    rejected = torch.where(right, lengths >= 1.5 * lengths[chosen], lengths > lengths[chosen])  # [G]
-    return [(chosen.item(), i.item()) for i in rejected.nonzero()]
-
-
-def sample_pairs(config: Config, sampler, questions: list[dict], seed: int) -> list[dict]:
-    """Pairs of the model's own answers to these questions, by the rule of --pairs."""
-    choose = {"verified": verified_pairs, "long2short": long2short_pairs}[config.pairs]
-    pairs, G = [], config.group_size
-    for first in tqdm(range(0, len(questions), 64), desc="answers to make pairs of", leave=False):
-        part = questions[first : first + 64]
-        batch = sampler.generate([q["prompt_ids"] for q in part], G, config.temperature, seed + first)
-        right = score(batch.texts, [part[i] for i in batch.prompt_index], [])["accuracy"]
-        right, lengths = torch.tensor(right).view(-1, G) == 1, batch.lengths.cpu().view(-1, G)  # [P, G] each
-        ids = batch.input_ids[:, -batch.response_mask.shape[1] :].cpu()  # [B, T]
-        for i, question in enumerate(part):
-            for rows in choose(right[i], lengths[i]):
-                pair = {"prompt": question["question"], "prompt_ids": question["prompt_ids"]}
-                for name, g in zip(RESPONSES, rows, strict=True):
-                    row = i * G + g
-                    pair |= {name: batch.texts[row], f"{name}_ids": ids[row, : lengths[i, g]].tolist()}
-                pairs.append(pair)
-    return gather_object(pairs)  # those of all processes
+    shortest = lengths[chosen]
+    return [(chosen, g) for g in range(len(right)) if lengths[g] >= (1.5 * shortest if right[g] else shortest + 1)]
 
 
 def pair_batch(pairs: list[dict], tokenizer, device):
@@ -129,12 +104,12 @@ def pair_batch(pairs: list[dict], tokenizer, device):
 # --- loss ---
 
 
-def dpo_loss(logp, ref_logp, mask, num_pairs, beta=0.1):
+def dpo_loss(logp, ref_logp, mask, num_pairs, beta=0.5):
     """-J(theta) of eq. 7 for a micro-batch -> (loss, stats). Losses of micro-batches add up to that of the update.
 
     logp, ref_logp [2N, T]: log pi, log pi_ref of the tokens of N pairs, rows chosen, rejected, chosen, rejected, ...
     mask [2N, T]: True on response tokens; num_pairs: those of the whole update, in all its micro-batches and processes
-    beta: 0.1 to 0.5 per nat of a whole response
+    beta: 0.1 to 0.5 in the paper, per nat of a whole response
     """
     R = beta * ((logp - ref_logp) * mask).sum(1)  # [2N] implicit reward
     margin = R[0::2] - R[1::2]  # [N] chosen - rejected
@@ -197,7 +172,8 @@ def main(config: Config) -> None:
         questions = draw(questions, min(config.pair_prompts, len(questions)), config.seed, step=1)
         share = slice(accelerator.process_index, None, accelerator.num_processes)  # this process's questions
         seed = 10**9 * accelerator.process_index + 10**6 * config.seed
-        train, held_out = (sample_pairs(config, sampler, part[share], seed) for part in (questions, test))
+        choose = {"verified": verified_pairs, "long2short": long2short_pairs}[config.pairs]
+        train, held_out = (sample_pairs(config, sampler, part[share], choose, seed) for part in (questions, test))
         sampler.sleep()
     if not train or not held_out:
         raise SystemExit("no pair: it takes a right and a wrong answer to one question; try an easier or harder --task")

@@ -1,18 +1,22 @@
-"""The reference curves: every RL script on the default task, with the same sampling and the same number of rollouts.
+"""The reference curves: every script on the default task, with the same sampling and the same number of rollouts.
 
     python benchmarks/curves.py sweep     learning rates, two seeds each: benchmarks/sweep.csv
     python benchmarks/curves.py seeds     the best learning rate of each, five other seeds: benchmarks/curves.csv
-    python benchmarks/curves.py draw      docs/curves.png and docs/sweep.png from these files, and the tables
+    python benchmarks/curves.py costs     seconds and memory of a step, one run at a time: benchmarks/costs.csv
+    python benchmarks/curves.py draw      docs/curves.png from these files, and their tables
 
 All flags but the learning rate are the scripts' own defaults. The best learning rate is the one with the highest
-held-out accuracy, averaged over the evaluations in training (so that learning fast counts) and over the seeds; if it
-is at the edge of those tried, the sweep tries the next one too. Runs lie in runs/curves; one that is there already is
-not made again, so an interrupted command goes on. Tuning and reporting use different seeds.
+held-out accuracy (eval_pass@1) after the last step, averaged over the seeds; if it is at the edge of those tried, the
+sweep tries the next one too. Tuning and reporting use different seeds. Runs lie in runs/curves; one that is there
+already is not made again, so an interrupted command goes on. dpo.py sees no rollouts but pairs of answers of the first
+policy, so its steps are not those of the others.
 """
 
 import csv
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +37,10 @@ COMMANDS = {  # name -> what is run
     "kimi_k15": ["kimi_k15.py"],
     "ppo": ["ppo.py"],
     "ppo, 4 updates per rollout": ["ppo.py", "--epochs", "2", "--minibatches", "2"],
+    "dpo": ["dpo.py"],
 }
 RATES = [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3]  # those that a sweep may come to
-FIRST = slice(1, 6)  # those it begins with
+FIRST = slice(1, 4)  # those it begins with
 SWEEP_SEEDS, SEEDS = [100, 101], [0, 1, 2, 3, 4]
 METRICS = """eval_pass@1 reward accuracy response_length_right response_length_wrong entropy
 seconds seconds_rollout seconds_update""".split()
@@ -67,9 +72,9 @@ def run_all(jobs: list[tuple]) -> list[tuple]:
         return [(*job, records) for job, records in zip(jobs, pool.map(lambda job: run(*job), jobs), strict=True)]
 
 
-def speed_of_learning(records: list[dict]) -> float:
-    """Held-out accuracy, averaged over the evaluations of a run without the one before training."""
-    return float(np.mean([record["eval_pass@1"] for record in records[1:] if "eval_pass@1" in record]))
+def accuracies(records: list[dict]) -> list[float]:
+    """Held-out accuracy at the evaluations of a run, without the one before training."""
+    return [record["eval_pass@1"] for record in records[1:] if "eval_pass@1" in record]
 
 
 def sweep() -> None:
@@ -77,20 +82,22 @@ def sweep() -> None:
     rates = {name: set(RATES[FIRST]) for name in COMMANDS}
     while True:
         results = run_all([(n, lr, seed) for n in COMMANDS for lr in sorted(rates[n]) for seed in SWEEP_SEEDS])
-        rows = [(n, f"{lr:g}", seed, f"{speed_of_learning(records):.4f}") for n, lr, seed, records in results]
-        write("sweep.csv", ("script", "lr", "seed", "mean_eval_pass@1"), rows)
-        more = {name: {RATES[i + d] for d in (-1, 1) for i in [RATES.index(best_rate(name))]} for name in COMMANDS}
-        if all(more[name] <= rates[name] for name in COMMANDS):
+        found = [(n, f"{lr:g}", seed, accuracies(records)) for n, lr, seed, records in results]
+        rows = [(*run, f"{x[-1]:.4f}", f"{np.mean(x):.4f}") for *run, x in found]
+        write("sweep.csv", ("script", "lr", "seed", "final", "mean"), rows)
+        best = {name: RATES.index(best_rate(name)) for name in COMMANDS}
+        more = {name: rates[name] | set(RATES[max(0, i - 1) : i + 2]) for name, i in best.items()}
+        if more == rates:
             return
-        rates = {name: rates[name] | more[name] for name in COMMANDS}
+        rates = more
 
 
 def best_rate(name: str) -> float:
-    """The learning rate with the highest mean in sweep.csv."""
+    """The learning rate with the highest final accuracy in sweep.csv, averaged over the seeds."""
     found = {}
     for row in read("sweep.csv"):
         if row["script"] == name:
-            found.setdefault(float(row["lr"]), []).append(float(row["mean_eval_pass@1"]))
+            found.setdefault(float(row["lr"]), []).append(float(row["final"]))
     return max(found, key=lambda lr: np.mean(found[lr]))
 
 
@@ -105,6 +112,44 @@ def seeds() -> None:
     write("curves.csv", ("script", "lr", "seed", "step", *METRICS), rows)
 
 
+def costs() -> None:
+    """Seconds of a step of the tiny model, and peak memory of a process with a larger one; write costs.csv."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    large = RUNS / "random-model"  # weights of no use: memory does not look at them
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(large), tokenizer.save_pretrained(large)
+    rows = []
+    for name, command in COMMANDS.items():
+        small = measure(name, [*command, "--steps", "12"])
+        sizes = ["--pairs-per-step", "64"] if name == "dpo" else []
+        big = measure(name, [*command, *sizes, "--steps", "2", "--model", large])
+        rows.append((name, f"{small[0]:.3f}", f"{small[1]:.0f}", f"{big[0]:.2f}", f"{big[1]:.0f}"))
+    header = "script", "seconds_tiny", "peak_mb_tiny", f"seconds_{model.num_parameters() / 1e6:.0f}m", "peak_mb_large"
+    write("costs.csv", header, rows)
+
+
+def measure(name: str, command: list) -> tuple[float, float]:
+    """Median seconds of a step after the first two, and peak resident memory of the process in MB."""
+    folder = RUNS / "costs"
+    flags = ["--eval-prompts", "8", "--eval-every", "0", "--save-every", "0", "--out", folder]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command + flags)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{name} failed")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(folder)
+    return statistics.median(record["seconds"] for record in records[2:]), usage.ru_maxrss / 1024
+
+
 def format_number(x: float | None) -> str:
     return "" if x is None else f"{x:.4g}"
 
@@ -117,3 +162,82 @@ def write(name: str, header: tuple, rows: list[tuple]) -> None:
 def read(name: str) -> list[dict]:
     with open(HERE / name, newline="") as file:
         return list(csv.DictReader(file))
+
+
+# --- drawing ---
+
+PANELS = [  # title, y axis, metric, scripts that are left out
+    ("Held-out accuracy, one sample", "share", "eval_pass@1", ["dpo"]),
+    ("Length of right responses", "tokens", "response_length_right", ["dpo"]),
+    ("Length of wrong responses", "tokens", "response_length_wrong", ["dpo"]),
+    ("Entropy of the policy", "nats per token", "entropy", ["dpo"]),
+    ("Seconds per step", "seconds", "seconds", ["dpo"]),
+    ("DPO: held-out accuracy, one sample", "share", "eval_pass@1", [name for name in COMMANDS if name != "dpo"]),
+]
+
+
+def curve(rows: list[dict], name: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [S] and values [seeds, S] of a script, where all its seeds have a value; a running mean of 5 if dense."""
+    values = {}
+    for row in rows:
+        if row["script"] == name and row[metric]:
+            values.setdefault(int(row["step"]), []).append(float(row[metric]))
+    steps = sorted(step for step, found in values.items() if len(found) == len(SEEDS))
+    y = np.array([values[step] for step in steps]).T  # [seeds, S]
+    if len(steps) > 20:
+        y = np.array([[seed[max(0, i - 2) : i + 3].mean() for i in range(len(steps))] for seed in y])
+    return np.array(steps), y
+
+
+def draw() -> None:
+    """Write docs/curves.png and print the tables."""
+    rows = read("curves.csv")
+    page = Figure(figsize=(15, 9.6), layout="constrained")
+    for place, (title, unit, metric, left_out) in enumerate(PANELS, 1):
+        ax = page.add_subplot(2, 3, place)
+        for i, name in enumerate(COMMANDS):
+            if name in left_out:
+                continue
+            steps, y = curve(rows, name, metric)
+            mean, std = y.mean(0), y.std(0, ddof=1)
+            marker = "o" if metric.startswith("eval") else ""
+            ax.plot(steps, mean, color=COLOURS[i], linewidth=2.5, marker=marker, label=name)
+            ax.fill_between(steps, mean - std, mean + std, color=COLOURS[i], alpha=0.18, linewidth=0)
+        ax.set_title(title, fontsize=16)
+        ax.set_xlabel(
+            "updates, of 64 pairs each" if "grpo" in left_out else "rollouts, of 128 responses each", fontsize=14
+        )
+        ax.set_ylabel(unit, fontsize=14)
+        ax.tick_params(labelsize=13)
+        ax.grid(alpha=0.3)
+        if unit == "share":
+            ax.set_ylim(0, 1)
+        elif metric != "entropy":
+            ax.set_ylim(bottom=0)
+    handles = dict(zip(COMMANDS, page.axes[0].get_lines() + page.axes[-1].get_lines(), strict=True))
+    page.legend(
+        handles.values(), [f"{name}, lr {best_rate(name):g}" for name in handles], loc="outside upper center", ncols=4,
+        fontsize=15, frameon=False,
+    )  # fmt: skip
+    page.savefig(ROOT / "docs" / "curves.png", dpi=75)
+
+    tried, found = sorted({float(row["lr"]) for row in read("sweep.csv")}), {}
+    for row in read("sweep.csv"):
+        found.setdefault((row["script"], float(row["lr"])), []).append(float(row["final"]))
+    print("| script | " + " | ".join(f"{lr:g}" for lr in tried) + " |\n|---" * (len(tried) + 1) + "|")
+    for name in COMMANDS:
+        cells = [f"{np.mean(found[name, lr]):.2f}" if (name, lr) in found else "" for lr in tried]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print("\n| script | lr | after 20 | 40 | 60 | 80 | seconds |\n|---|---|---|---|---|---|---|")
+    for name in COMMANDS:
+        steps, y = curve(rows, name, "eval_pass@1")
+        cells = [f"{y[:, i].mean():.2f} ± {y[:, i].std(ddof=1):.2f}" for i, step in enumerate(steps) if step > 0]
+        seconds = curve(rows, name, "seconds")[1].sum(1)
+        print(f"| {name} | {best_rate(name):g} | {' | '.join(cells)} | {seconds.mean():.0f} |")
+
+
+if __name__ == "__main__":
+    commands = {"sweep": sweep, "seeds": seeds, "costs": costs, "draw": draw}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        raise SystemExit(__doc__)
+    commands[sys.argv[1]]()

@@ -72,7 +72,7 @@ def test_values_by_hand():
     mask = torch.tensor([[True, True], [True, False]])
     logp, ref_logp = double(-1, -2, -3, 99).view(2, 2), double(-2, -5, -2, -99).view(2, 2)
     by_hand = {
-        dpo_loss: 0.1 * 4 - 0.1 * -1,
+        dpo_loss: 0.5 * 4 - 0.5 * -1,
         dpo_norm_loss: 5 * (4 / 2) - 5 * -1,
         simpo_loss: 2 * (-3 / 2) - 2 * -3 - 1,
     }
@@ -130,7 +130,7 @@ def test_the_best_policy_for_preferences_is_that_of_the_reward_behind_them():
 
 
 def rows(choose, right, lengths):
-    return choose(torch.tensor(right) == 1, torch.tensor(lengths))
+    return choose([x == 1 for x in right], lengths)
 
 
 def test_verified_pairs_are_the_first_right_and_the_first_wrong_answer():
@@ -150,7 +150,7 @@ def test_sampled_pairs_are_what_they_say(tiny, sampler):
     task = data.load_task("arithmetic")
     questions = data.encode_prompts(task.train[:70], tiny[1], "plain", 64)
     config = dpo.Config(group_size=8)
-    pairs = dpo.sample_pairs(config, sampler, questions, seed=0)
+    pairs = data.sample_pairs(config, sampler, questions, verified_pairs, seed=0)
     assert len(pairs) > 40 and len({pair["prompt"] for pair in pairs}) == len(pairs)
     answers = {question["question"]: question for question in questions}
     from rewards import accuracy
@@ -256,7 +256,7 @@ def test_simpo_loads_no_reference_model(tmp_path, monkeypatch, objective, models
     assert len(loaded) == models
 
 
-@pytest.mark.parametrize(("objective", "beta"), [("dpo", 0.1), ("dpo_norm", 5.0), ("simpo", 2.0)])
+@pytest.mark.parametrize(("objective", "beta"), [("dpo", 0.5), ("dpo_norm", 5.0), ("simpo", 2.0)])
 def test_beta_0_is_the_objectives_own(tmp_path, objective, beta):
     first, second = (run(tmp_path, str(b), objective=objective, beta=b) for b in (0.0, beta))
     assert without_times(first) == without_times(second)
@@ -274,7 +274,7 @@ def test_the_held_out_metrics_are_those_of_the_saved_model(tmp_path):
     batch = dpo.pair_batch(data.load_pairs(config, tokenizer)[1], tokenizer, torch.device("cpu"))
     with torch.no_grad():
         a, b = (dpo.token_logprobs(model, batch, 1.0)[0].sum(1) for model in (policy, reference))
-    R = 0.1 * (a - b)
+    R = 0.5 * (a - b)
     assert records[-1]["eval_margin"] == pytest.approx((R[0::2] - R[1::2]).mean().item(), abs=1e-5)
     assert records[-1]["eval_loss"] == pytest.approx(-logsigmoid(R[0::2] - R[1::2]).mean().item(), abs=1e-5)
 

@@ -2,6 +2,7 @@
 
 TEST_MODEL: a Hugging Face folder such as SmolLM2-135M-Instruct's, whose padding token is its end token.
 TEST_GSM8K: a JSONL file of GSM8K's questions and answers.
+TEST_PAIRS: a JSONL file of preference pairs, with system prompts, such as those of Orca.
 """
 
 import importlib.util
@@ -16,9 +17,10 @@ from conftest import make_sampler, read_jsonl, run_script
 from data import encode_prompts, load_task, resolve_template
 from rollout import load_model, token_logprobs
 
-MODEL, GSM8K = os.environ.get("TEST_MODEL", ""), os.environ.get("TEST_GSM8K", "")
+MODEL, GSM8K, PAIRS = (os.environ.get(name, "") for name in ("TEST_MODEL", "TEST_GSM8K", "TEST_PAIRS"))
 needs_model = pytest.mark.skipif(not Path(MODEL, "config.json").exists(), reason="TEST_MODEL names no model folder")
 needs_data = pytest.mark.skipif(not Path(GSM8K).is_file(), reason="TEST_GSM8K names no file")
+needs_pairs = pytest.mark.skipif(not Path(PAIRS).is_file(), reason="TEST_PAIRS names no file")
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
@@ -60,4 +62,19 @@ def test_a_few_steps_on_gsm8k(tmp_path, sampler):
         assert 0.05 < record["entropy"] < 5 and record["sampler_gap"] < 1e-3
         assert math.isfinite(record["loss"]) and record["grad_norm"] >= 0
     assert records[1]["kl"] == pytest.approx(0, abs=1e-5) and records[1]["ratio_max"] == 1
+    assert (out / "model" / "model.safetensors").exists()
+
+
+@needs_model
+@needs_pairs
+def test_dpo_on_real_pairs(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--model", MODEL, "--data", PAIRS, "--lr", 1e-5, "--beta", 0.1, "--steps", 3, "--pairs-per-step", 4]
+    flags += ["--max-prompt-tokens", 128, "--max-new-tokens", 48, "--eval-prompts", 6, "--out", out]
+    result = run_script("dpo.py", *flags)
+    assert "<|im_start|>system" in result.stdout and "chosen:" in result.stdout and "left out" in result.stdout
+    first, *steps, last = read_jsonl(out / "metrics.jsonl")
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4), "at first the policy is its own reference"
+    assert first["eval_margin"] == 0 and last["eval_margin"] > 0 and last["eval_loss"] < math.log(2)
+    assert last["eval_logp_chosen"] < -10 and 1 < last["eval_length_chosen"] <= 48
     assert (out / "model" / "model.safetensors").exists()

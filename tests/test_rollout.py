@@ -76,6 +76,14 @@ def test_end_token_is_trained_also_where_it_is_the_padding_token(tiny, prompts):
     assert model.get_input_embeddings().weight.grad[tokenizer.eos_token_id].abs().sum() > 0
 
 
+def test_training_uses_the_sampled_ids_though_their_text_has_others(tiny):
+    tokenizer = tiny[1]
+    spelled = [tokenizer.convert_tokens_to_ids(character) for character in "<think>"]  # seven tokens, not the tag
+    batch = collate([[5]], [spelled], [[0.0] * 7], ["length"], tokenizer, torch.device("cpu"))
+    assert batch.texts == ["<think>"] and tokenizer.encode(batch.texts[0]) != spelled, "the round trip differs"
+    assert batch.input_ids[0, 1:].tolist() == spelled and batch.lengths.tolist() == [7]
+
+
 def test_each_row_answers_its_own_prompt(tiny, prompts, batch):
     left = batch.input_ids.shape[1] - batch.response_mask.shape[1]
     for i, prompt in enumerate(batch.prompt_index.tolist()):

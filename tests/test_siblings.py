@@ -1,6 +1,7 @@
 """dr_grpo.py and rloo.py: patches of grpo.py in marked places, and right."""
 
 import ast
+import collections
 import copy
 import difflib
 import importlib
@@ -15,6 +16,8 @@ from conftest import ROOT, make_sampler, read_jsonl, run_script
 
 import dr_grpo
 import grpo
+import kimi_k15
+import ppo
 import rloo
 from data import encode_prompts, load_task
 from rollout import token_logprobs
@@ -204,7 +207,71 @@ def test_on_the_tiny_model_rloo_and_dr_grpo_have_the_same_direction(tiny):
     assert (a - b * 64 * 8 / 7).norm() < 1e-6 * a.norm() and a.norm() > 0
 
 
+def test_where_the_objectives_agree_and_where_they_do_not(tiny):
+    """On-policy and without KL, on real gradients: Dr. GRPO, RLOO and Kimi point where REINFORCE with a baseline does.
+
+    GRPO (1/|o|, std) and PPO (whitening; here V = 0) point elsewhere: every algorithm is its own.
+    """
+    model = copy.deepcopy(tiny[0]).double()
+    prompts = [e["prompt_ids"] for e in encode_prompts(load_task("arithmetic").train[:4], tiny[1], "plain", 64)]
+    batch = make_sampler(*tiny).generate(prompts, n=8, temperature=1.0, seed=1)
+    reward = double(*([1, 0, 0, 0, 0, 0, 0, 0] + [1, 1, 1, 1, 0, 0, 0, 0] + [1] * 7 + [0] + [0] * 8))
+    mask, n = batch.response_mask, 32
+
+    def gradient(loss):
+        model.zero_grad()
+        ids, attention = batch.input_ids, batch.attention_mask
+        positions = (attention.cumsum(1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=attention, position_ids=positions).logits  # [B, L + T, V]
+        logp = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)[:, -mask.shape[1] :]
+        loss(torch.where(mask, logp, 0)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    baseline = reward.view(4, 8).mean(1).repeat_interleave(8)
+    whitened = ppo.whiten(
+        ppo.gae(ppo.token_rewards(reward, 0 * mask, mask, 0.0), 0.0 * mask, mask, 1, 1), mask, lambda x: x
+    )
+    gradients = {
+        "reinforce": gradient(lambda logp: -((reward - baseline)[:, None] * logp).sum() / n),
+        "dr_grpo": gradient(lambda x: dr_loss(x, x.detach(), dr_grpo.group_advantages(reward, 8), mask, budget=64)),
+        "rloo": gradient(lambda x: rloo_loss(x, x.detach(), rloo.group_advantages(reward, 8), mask)),
+        "kimi": gradient(
+            lambda x: kimi_k15.policy_loss(x, x.detach(), kimi_k15.group_advantages(reward, 8), mask, n, 0.1)[0]
+        ),
+        "grpo": gradient(
+            lambda x: grpo.policy_loss(x, x.detach(), grpo.group_advantages(reward, 8), mask, n, 0.2, 0.2, None, 0.0)[0]
+        ),
+        "ppo": gradient(lambda x: ppo.policy_loss(x, x.detach(), whitened, mask, mask.sum(), 0.2, 0.2)[0]),
+    }
+    factor = {"reinforce": 1, "dr_grpo": 1 / 64, "rloo": 8 / 7, "kimi": 1}
+    for name, expected in factor.items():
+        assert (gradients[name] - expected * gradients["reinforce"]).norm() < 1e-6 * gradients[name].norm(), name
+    for one, other in itertools.combinations(("grpo", "ppo", "reinforce"), 2):
+        assert torch.cosine_similarity(gradients[one], gradients[other], dim=0) < 0.97, (one, other)
+
+
 # --- the scripts ---
+
+
+def test_the_kl_of_rloo_lowers_the_reward_by_its_sum_over_tokens(tmp_path, monkeypatch):
+    seen, advantages = [], rloo.group_advantages
+    answers = iter([-1.0, -1.5])  # log pi_old, then log pi_ref, of every token: k1 is 0.5
+
+    def logprobs(model, batch, temperature, budget):
+        seen.append(batch)
+        return next(answers) * batch.response_mask
+
+    def record(rewards, group_size):
+        seen.append(rewards)
+        return advantages(rewards, group_size)
+
+    monkeypatch.setattr(rloo, "batch_logprobs", logprobs)
+    monkeypatch.setattr(rloo, "group_advantages", record)
+    flags = {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8, "steps": 1, "model": str(ROOT / "tiny")}
+    rloo.main(rloo.Config(out=str(tmp_path / "run"), beta=0.1, **flags))
+    batch, _, rewards = seen
+    assert torch.allclose(rewards, batch["rewards"] - 0.1 * 0.5 * batch.lengths)
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[1]["kl"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("script", PATCHES)
@@ -224,3 +291,60 @@ def test_accuracy_rises(tmp_path, script):
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert records[-1]["eval_pass@1"] > records[0]["eval_pass@1"] + 0.2
     assert records[-1]["eval_format"] > records[0]["eval_format"] + 0.2
+
+
+COSTS = {  # script and flags -> passes over a rollout: forward without and with gradient, and backward
+    ("grpo",): {"policy": (0, 1, 1), "reference": (1, 0, 0)},
+    ("dr_grpo",): {"policy": (0, 1, 1), "reference": (1, 0, 0)},
+    ("rloo",): {"policy": (1, 1, 1), "reference": (1, 0, 0)},
+    ("kimi_k15",): {"policy": (1, 2, 2)},
+    ("ppo",): {"policy": (1, 1, 1), "reference": (1, 0, 0), "value": (1, 1, 1)},
+    ("ppo", "epochs", "minibatches"): {"policy": (1, 2, 2), "reference": (1, 0, 0), "value": (1, 2, 2)},
+    ("dpo",): {"policy": (0, 1, 1), "reference": (1, 0, 0)},
+}
+
+
+@pytest.mark.parametrize("command", COSTS)
+def test_models_and_passes_are_those_of_the_table_in_the_readme(tmp_path, monkeypatch, command):
+    module, roles, models = importlib.import_module(command[0]), iter(["policy", "reference"]), {}
+    passes = collections.defaultdict(lambda: [0, 0, 0])
+
+    def watch(role, model):
+        def forward(module, arguments, flags, output):
+            if flags.get("use_cache") is False:  # the sampler's passes have a cache
+                passes[role][int(torch.is_grad_enabled())] += 1
+
+        def backward(parameter):
+            passes[role][2] += 1
+
+        models[role] = model
+        model.base_model.register_forward_hook(forward, with_kwargs=True)
+        model.base_model.norm.weight.register_post_accumulate_grad_hook(backward)
+        return model
+
+    load_model, load_value = module.load_model, getattr(module, "load_value", None)
+
+    def load(path, device):
+        model, tokenizer = load_model(path, device)
+        return watch(next(roles), model), tokenizer
+
+    monkeypatch.setattr(module, "load_model", load)
+    if load_value:
+        monkeypatch.setattr(module, "load_value", lambda path, device: watch("value", load_value(path, device)))
+    flags = {"eval_prompts": 8, "steps": 2, "model": str(ROOT / "tiny"), "tokens_per_microbatch": 10**6}
+    sizes = {"pair_prompts": 16} if command == ("dpo",) else {"prompts_per_step": 4, "group_size": 4}
+    flags |= sizes | dict.fromkeys(command[1:], 2)
+    module.main(module.Config(out=str(tmp_path / "run"), eval_every=0, **flags))
+    if command == ("dpo",):  # before and after, the held-out pairs: their reference once
+        passes["policy"][0] -= 2
+        passes["reference"][0] -= 1
+    expected = COSTS[command]
+    parts = 2 if "minibatches" in command else 1  # a pass with gradient over half of the rollout
+    assert passes == {role: [2 * n, 2 * parts * m, 2 * parts * k] for role, (n, m, k) in expected.items()}, (
+        "in two steps"
+    )
+    assert models.keys() == expected.keys()
+    total = [sum(counts[i] for counts in expected.values()) for i in range(3)]
+    name = f"`{command[0]}.py`" + ("".join(f" --{flag} 2" for flag in command[1:]))
+    row = f"| {name} | {len(models)} | {total[0] + total[1]} | {total[2]} |"
+    assert row in (ROOT / "README.md").read_text(), row
