@@ -51,6 +51,7 @@ class Config:
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
+    tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
     eval_every: int = 20  # steps between evaluations; 0: only before and after
     eval_prompts: int = 128  # held-out questions per evaluation
     save_every: int = 50  # steps between checkpoints; 0: only at the end
@@ -93,18 +94,20 @@ def policy_loss(
     logp, old_logp, advantages, mask, num_responses, clip_low, clip_high,
     ref_logp, beta,
     max_new_tokens,
+    weight=1.0,
 ):  # fmt: skip
     """-J(theta) for a micro-batch -> (loss, stats). Losses of micro-batches add up to that of the update.
 
     logp, old_logp, ref_logp [B, T]: log pi, log pi_old, log pi_ref of the sampled tokens (ref_logp None if beta is 0)
     advantages [B]; mask [B, T]: True on response tokens
     num_responses: those of the whole update, in all its micro-batches and processes: 1/G, and the mean over questions
+    weight: of the importance sampling, [B, T]; 1 if the sampler's distribution is pi_old
     max_new_tokens: C
     """
     A = advantages[:, None]  # [B, 1]
     ratio = (logp - old_logp).exp()  # [B, T] rho
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
-    objective = torch.minimum(ratio * A, clipped * A)  # [B, T]
+    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, T]
     is_clipped = clipped * A < ratio * A  # [B, T] where the clip binds there is no gradient
     stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per token; logged as mean and maximum
     if beta:
@@ -173,15 +176,17 @@ def main(config: Config) -> None:
                     with accelerator.autocast():
                         logp, entropy = token_logprobs(policy, micro, config.temperature)  # [b, t]
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
+                    gap = old_logp - micro.sampler_logp  # [b, t] what rounding does
+                    weight = gap.exp().clamp(max=config.tis) if config.tis else 1.0  # [b, t]
                     loss, stats = policy_loss(
                         logp, old_logp, micro["advantages"], micro.response_mask, responses_per_update,
                         config.clip_low, config.clip_high,
                         micro["ref_logp"] if reference else None, config.beta,
                         config.max_new_tokens,
+                        weight,
                     )  # fmt: skip
                     accelerator.backward(loss)
-                    gap = (old_logp - micro.sampler_logp).abs()  # only to be logged
-                    run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap, **stats)
+                    run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
                 grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0))
                 optimizer.step()  # does nothing where there is no gradient: no KL and no informative group

@@ -60,6 +60,7 @@ class Config:
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     tau: float = 0.1  # tau: weight of the squared log-ratio of a response, a sum over its tokens
+    tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
     length_weight: float = 0.0  # of the length reward, which lies within -0.5 and 0.5
     length_from: int = 40  # step from which on it counts; the paper, too, begins without
     curriculum: int = 0  # steps until all questions are drawn, easy ones first; 0: all from the start
@@ -113,6 +114,7 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
 
 def policy_loss(
     logp, old_logp, advantages, mask, num_responses, tau,
+    weight=1.0,
 ):  # fmt: skip
     """A loss whose gradient is minus (3) -> (loss, stats). Losses of micro-batches add up to that of the update.
 
@@ -121,10 +123,11 @@ def policy_loss(
     logp, old_logp [B, T]: log pi and log pi_i of the sampled tokens
     advantages [B]; mask [B, T]: True on response tokens
     num_responses: those of the whole update, in all its micro-batches and processes: 1/G, and the mean over questions
+    weight: of the importance sampling, [B, 1] per response; 1 if the sampler's distribution is pi_i
     """
     A = advantages[:, None]  # [B, 1]
     log_ratio = ((logp - old_logp) * mask).sum(dim=1, keepdim=True)  # [B, 1] x, of the whole response
-    per_response = A * log_ratio - tau / 2 * log_ratio**2  # [B, 1] the gradient of A x is A grad log pi
+    per_response = weight * (A * log_ratio - tau / 2 * log_ratio**2)  # [B, 1] grad of A x: A grad log pi
     stats = {"log_ratio_squared": log_ratio**2, "ratio_max": log_ratio.exp(), "kl_old": kl_k3(old_logp, logp)}
     return -per_response.sum() / num_responses, stats  # 1/G sum_i
 
@@ -188,13 +191,15 @@ def main(config: Config) -> None:
                     with accelerator.autocast():
                         logp, entropy = token_logprobs(policy, micro, config.temperature)  # [b, t]
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
+                    gap = old_logp - micro.sampler_logp  # [b, t] what rounding does
+                    weight = gap.sum(1, keepdim=True).exp().clamp(max=config.tis) if config.tis else 1.0  # [b, 1]
                     loss, stats = policy_loss(
                         logp, old_logp, micro["advantages"], micro.response_mask, responses_per_update,
                         config.tau,
+                        weight,
                     )  # fmt: skip
                     accelerator.backward(loss)
-                    gap = (old_logp - micro.sampler_logp).abs()  # only to be logged
-                    run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap, **stats)
+                    run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
                 grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0))
                 optimizer.step()  # does nothing where there is no gradient: pi is pi_i and no informative group

@@ -64,6 +64,7 @@ class Config:
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
+    tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
     eval_every: int = 20  # steps between evaluations; 0: only before and after
     eval_prompts: int = 128  # held-out questions per evaluation
     save_every: int = 50  # steps between checkpoints; 0: only at the end
@@ -143,16 +144,18 @@ def kl_k1(logp: torch.Tensor, ref_logp: torch.Tensor, clamp: bool) -> torch.Tens
 
 def policy_loss(
     logp, old_logp, A, mask, num_tokens, clip_low, clip_high,
+    weight=1.0,
 ):  # fmt: skip
     """-J(theta) of eq. 7 for a micro-batch -> (loss, stats). Losses of micro-batches add up to that of the update.
 
     logp, old_logp [B, T]: log pi and log pi_old of the sampled tokens
     A [B, T]: advantages; mask [B, T]: True on response tokens
     num_tokens: response tokens of the whole update, in all its micro-batches and processes: the mean over tokens
+    weight: of the importance sampling, [B, T]; 1 if the sampler's distribution is pi_old
     """
     ratio = (logp - old_logp).exp()  # [B, T] rho
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
-    objective = torch.minimum(ratio * A, clipped * A)  # [B, T]
+    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, T]
     is_clipped = clipped * A < ratio * A  # [B, T] where the clip binds there is no gradient
     stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per token; logged as mean and maximum
     return -(objective * mask).sum() / num_tokens, stats  # mean_t
@@ -233,9 +236,12 @@ def main(config: Config) -> None:
                         logp, entropy = token_logprobs(policy, micro, config.temperature)  # [b, t]
                         values = token_values(value, micro)  # [b, t]
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
+                    gap = old_logp - micro.sampler_logp  # [b, t] what rounding does
+                    weight = gap.exp().clamp(max=config.tis) if config.tis else 1.0  # [b, t]
                     loss, stats = policy_loss(
                         logp, old_logp, micro["advantages"], micro.response_mask, num_tokens,
                         config.clip_low, config.clip_high,
+                        weight,
                     )  # fmt: skip
                     loss_v, stats_v = value_loss(
                         values, micro["values"], micro["returns"], micro.response_mask, num_tokens, config.value_clip
@@ -243,8 +249,7 @@ def main(config: Config) -> None:
                     loss = config.value_coef * loss_v + (loss if step > config.value_warmup else 0)
                     stats |= stats_v | ({"kl": micro["old_logp"] - micro["ref_logp"]} if reference else {})
                     accelerator.backward(loss)
-                    gap = (old_logp - micro.sampler_logp).abs()  # only to be logged
-                    run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap, **stats)
+                    run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
                 sum_gradients(accelerator, value_parameters)
                 accelerator.clip_grad_norm_(value_parameters, 1.0)  # apart: V's errors do not shorten the policy's step

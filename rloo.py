@@ -53,6 +53,7 @@ class Config:
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
+    tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
     eval_every: int = 20  # steps between evaluations; 0: only before and after
     eval_prompts: int = 128  # held-out questions per evaluation
     save_every: int = 50  # steps between checkpoints; 0: only at the end
@@ -81,17 +82,19 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
 
 def policy_loss(
     logp, old_logp, advantages, mask, num_responses, clip_low, clip_high,
+    weight=1.0,
 ):  # fmt: skip
     """A loss whose gradient is minus that step -> (loss, stats). Losses of micro-batches add up to that of the update.
 
     logp, old_logp [B, T]: log pi and log pi_old of the sampled tokens
     advantages [B]; mask [B, T]: True on response tokens
     num_responses: those of the whole update, in all its micro-batches and processes: 1/G, and the mean over questions
+    weight: of the importance sampling, [B, 1] per response; 1 if the sampler's distribution is pi_old
     """
     A = advantages[:, None]  # [B, 1]
     ratio = ((logp - old_logp) * mask).sum(dim=1, keepdim=True).exp()  # [B, 1] of the whole response; 1 on-policy
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, 1]
-    objective = torch.minimum(ratio * A, clipped * A)  # [B, 1]
+    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, 1]
     is_clipped = clipped * A < ratio * A  # [B, 1] where the clip binds there is no gradient
     stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per token; logged as mean and maximum
     per_response = objective.squeeze(1)  # [B] one action
@@ -140,13 +143,13 @@ def main(config: Config) -> None:
                 batch["old_logp"] = batch_logprobs(policy, batch, config.temperature, config.tokens_per_microbatch)
             if reference:
                 batch["ref_logp"] = batch_logprobs(reference, batch, config.temperature, config.tokens_per_microbatch)
-                batch["kl"] = batch["old_logp"] - batch["ref_logp"]  # [B, T] k1
 
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
         rewards = batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
-        rewards = rewards - config.beta * batch["kl"].sum(1) if reference else rewards  # [B] R_i
+        # R_i = r_i - beta k1, the KL of the whole response
+        rewards = rewards - config.beta * (batch["old_logp"] - batch["ref_logp"]).sum(1) if reference else rewards
         batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
 
         # --- update: mu epochs over the rollout ---
@@ -159,14 +162,16 @@ def main(config: Config) -> None:
                     with accelerator.autocast():
                         logp, entropy = token_logprobs(policy, micro, config.temperature)  # [b, t]
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
+                    gap = old_logp - micro.sampler_logp  # [b, t] what rounding does
+                    weight = gap.sum(1, keepdim=True).exp().clamp(max=config.tis) if config.tis else 1.0  # [b, 1]
                     loss, stats = policy_loss(
                         logp, old_logp, micro["advantages"], micro.response_mask, responses_per_update,
                         config.clip_low, config.clip_high,
+                        weight,
                     )  # fmt: skip
-                    stats |= {"kl": micro["kl"]} if reference else {}  # only to be logged
+                    stats |= {"kl": micro["old_logp"] - micro["ref_logp"]} if reference else {}  # only to be logged
                     accelerator.backward(loss)
-                    gap = (old_logp - micro.sampler_logp).abs()  # only to be logged
-                    run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap, **stats)
+                    run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
                 grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0))
                 optimizer.step()  # does nothing where there is no gradient: no KL and no informative group

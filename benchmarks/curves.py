@@ -53,17 +53,28 @@ PROCESSES = int(os.environ.get("PROCESSES", 1))  # runs at a time; more than one
 def run(name: str, lr: float, seed: int) -> list[dict]:
     """The metrics of a run, one record per step; the run is made if it is not there."""
     folder = RUNS / f"{name.replace(', ', '-').replace(' ', '-')}-{lr:g}-{seed}"
-    if not (folder / "model").exists():
-        command = [sys.executable, *COMMANDS[name], "--lr", lr, "--seed", seed, "--out", folder]
-        resume = ["--resume", folder] if (folder / "checkpoint.pt").exists() else []
+    if not (records := finished(folder)):
+        command = [*COMMANDS[name], "--lr", lr, "--seed", seed, "--out", folder]
+        if (folder / "checkpoint.pt").exists():
+            command += ["--resume", folder]
+        else:  # there may be what was interrupted before its first checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            [str(x) for x in command + resume], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        command = [sys.executable, *map(str, command)]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if result.returncode:
             raise SystemExit(f"{name} with --lr {lr:g} --seed {seed} failed: {result.stderr[-500:]}")
         print(f"{name}, lr {lr:g}, seed {seed}: done", flush=True)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        records = finished(folder)
+    return records
+
+
+def finished(folder: Path) -> list[dict]:
+    """The records of a run that came to its last step, or none."""
+    if not (folder / "metrics.jsonl").exists():
+        return []
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return records if records[-1]["step"] == json.loads((folder / "config.json").read_text())["steps"] else []
 
 
 def run_all(jobs: list[tuple]) -> list[tuple]:

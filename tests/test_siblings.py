@@ -293,6 +293,42 @@ def test_accuracy_rises(tmp_path, script):
     assert records[-1]["eval_format"] > records[0]["eval_format"] + 0.2
 
 
+@pytest.mark.parametrize("script", ["grpo", "dr_grpo", "rloo", "kimi_k15", "ppo"])
+def test_tis_weighs_by_how_far_the_sampler_is_off(tmp_path, monkeypatch, script):
+    """The weight is 1 where sampler and trainer agree, pi_old/pi_sampler where they do not, and at most the cap."""
+    module, flags = importlib.import_module(script), {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8}
+    flags |= {"steps": 1, "model": str(ROOT / "tiny"), "epochs": 1, "eval_every": 0} | (
+        {} if script == "kimi_k15" else {"beta": 0.0}
+    )
+    make, shift = module.make_sampler, 0.0
+
+    def make_shifted(*arguments):
+        sampler = make(*arguments)
+        generate = sampler.generate
+
+        def generate_shifted(*arguments, **named):
+            batch = generate(*arguments, **named)
+            batch.sampler_logp += shift * batch.response_mask
+            return batch
+
+        sampler.generate = generate_shifted
+        return sampler
+
+    def grad_norm(name, tis):
+        module.main(module.Config(out=str(tmp_path / name), tis=tis, **flags))
+        return read_jsonl(tmp_path / name / "metrics.jsonl")[1]["grad_norm"]
+
+    monkeypatch.setattr(module, "make_sampler", make_shifted)
+    plain = grad_norm("plain", 0.0)
+    assert plain > 0 and grad_norm("agree", 2.0) == pytest.approx(plain, rel=1e-4)
+    shift = -5.0  # the sampler's probabilities are too small: every weight is at the cap
+    assert grad_norm("capped", 2.0) == pytest.approx(2 * plain, rel=1e-4)
+    assert grad_norm("off", 0.0) == pytest.approx(plain, rel=1e-6)
+    if script in ("grpo", "dr_grpo", "ppo"):  # a weight per token; rloo and kimi have one per response, a product
+        shift = 0.1
+        assert grad_norm("weighed", 2.0) == pytest.approx(math.exp(-0.1) * plain, rel=1e-4)
+
+
 COSTS = {  # script and flags -> passes over a rollout: forward without and with gradient, and backward
     ("grpo",): {"policy": (0, 1, 1), "reference": (1, 0, 0)},
     ("dr_grpo",): {"policy": (0, 1, 1), "reference": (1, 0, 0)},
