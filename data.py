@@ -395,37 +395,49 @@ def sample_pairs(config, sampler, questions: list[dict], choose, seed: int) -> l
 
 
 def read_preferences(source: str) -> tuple[list[dict], list[dict]]:
-    """The train and the test pairs of a JSONL file (no test pairs) or a Hub set: prompt, chosen, rejected and system.
+    """The train and the test pairs of a JSONL file (no test pairs) or a Hub set: question, system, chosen, rejected.
 
-    A conversation, a list of {"role", "content"} as in many sets on the Hub, stands for its last message; without a
-    prompt, the message before it is the prompt.
+    A conversation, a list of {"role", "content"} as in many sets on the Hub, stands for its last message, after which
+    the system message and the user's are the prompt; pairs with more turns are left out.
     """
-    splits = []
+    splits, left_out = [], 0
     for rows in read_source(source):
         pairs = []
         for where, row in rows:
-            talks = {name: row[name] for name in ("prompt", *RESPONSES) if isinstance(row.get(name), list)}
-            row = row | {name: last_message(talk, where) for name, talk in talks.items()}
-            if "chosen" in talks and not any(name in row for name in COLUMNS["prompt"]):
-                row["prompt"] = last_message(talks["chosen"][:-1], where)
-            pair = pick_fields(row, ("prompt", *RESPONSES), where)
-            pairs.append(pair | {"question": pair["prompt"], "system": row.get("system") or ""})
+            talks = {name: messages(row[name], where) for name in ("prompt", *RESPONSES) if type(row.get(name)) is list}
+            row = row | {name: talk[-1]["content"] for name, talk in talks.items()}
+            before = talks.get("prompt", talks.get("chosen", [])[:-1])  # all that the response answers
+            turns = [message["content"] for message in before if message["role"] != "system"]
+            systems = [message["content"] for message in before if message["role"] == "system"]
+            if len(turns) > 1:
+                left_out += 1
+                continue
+            prompt = {"prompt": turns[0]} if turns else {}
+            pair = pick_fields(row | prompt, ("prompt", *RESPONSES), where)
+            system = row.get("system") or "".join(systems)
+            if not isinstance(system, str):
+                raise SystemExit(f'{where}: "system" must be text, not {system!r:.40}')
+            pairs.append(pair | {"question": pair["prompt"], "system": system})
         splits.append(pairs)
+    if left_out:
+        print(f"data: {left_out} pairs of {source} are conversations of several turns and were left out")
     return splits[0], splits[1]
 
 
-def last_message(conversation: list, where: str) -> str:
-    try:
-        return conversation[-1]["content"]
-    except (IndexError, KeyError, TypeError):
-        raise SystemExit(f'{where}: a conversation is a list of {{"role": ..., "content": ...}}') from None
+def messages(conversation: list, where: str) -> list[dict]:
+    """The conversation, if it is one."""
+    for message in conversation or [None]:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise SystemExit(f'{where}: a conversation is a list of {{"role": ..., "content": ...}}')
+    return conversation
 
 
 def load_pairs(config, tokenizer) -> tuple[list[dict], list[dict]]:
     """The training pairs and the first --eval-prompts held-out ones, with "prompt_ids", "chosen_ids", "rejected_ids".
 
-    The end token belongs to a response. What is longer than --max-new-tokens is cut, and has no end; pairs with a
-    prompt longer than --max-prompt-tokens are left out.
+    The tokenizer's end token ends a response, also where a chat template ends its turns with another one. What is
+    longer than --max-new-tokens is cut, and has no end. Left out: prompts longer than --max-prompt-tokens; pairs of two
+    equal responses. No held-out prompt is trained on.
     """
     if len(config.data) > 2:
         raise SystemExit("--data takes one source of pairs, or two: TRAIN.jsonl HELD_OUT.jsonl")
@@ -433,15 +445,16 @@ def load_pairs(config, tokenizer) -> tuple[list[dict], list[dict]]:
     if len(config.data) == 2:
         second, test = read_preferences(config.data[1])
         test = test or second
-    if not test:  # the same pairs are held out in every run
+    held_out = {prompt_of(pair) for pair in test}
+    if train and not test:  # the same prompts are held out in every run, with all their pairs
         train = draw(train, len(train), SPLIT_SEED, step=1)
-        size = min(TEST_SIZE, math.ceil(len(train) / 10))
-        train, test = train[size:], train[:size]
+        prompts = list(dict.fromkeys(prompt_of(pair) for pair in train))
+        held_out = set(prompts[: min(TEST_SIZE, math.ceil(len(prompts) / 10))])
+        test = [pair for pair in train if prompt_of(pair) in held_out]
+    train = [pair for pair in train if prompt_of(pair) not in held_out]
     if not train:
-        raise SystemExit(f"{config.data[0]}: no pair is left to train on; --data needs two pairs or more")
-    held_out, cut = {(pair["system"], pair["prompt"]) for pair in test}, 0
-    train = [pair for pair in train if (pair["system"], pair["prompt"]) not in held_out]
-    splits = []
+        raise SystemExit(f"{config.data[0]}: no pair is left to train on; --data needs pairs of two different prompts")
+    splits, cut, equal = [], 0, 0
     for name, pairs in (("training", train), ("held-out", test[: config.eval_prompts])):
         pairs = encode_prompts(pairs, tokenizer, config.template, config.max_prompt_tokens, name)
         for pair in pairs:
@@ -449,10 +462,17 @@ def load_pairs(config, tokenizer) -> tuple[list[dict], list[dict]]:
                 ids = tokenizer.encode(pair[response], add_special_tokens=False) + [tokenizer.eos_token_id]
                 pair[f"{response}_ids"] = ids[: config.max_new_tokens]
                 cut += len(ids) > config.max_new_tokens
-        splits.append(pairs)
+        splits.append([pair for pair in pairs if pair["chosen_ids"] != pair["rejected_ids"]])
+        equal += len(pairs) - len(splits[-1])
     if cut:
         print(f"data: {cut} responses are longer than --max-new-tokens {config.max_new_tokens} and were cut there")
+    if equal:
+        print(f"data: {equal} pairs have equal responses and were left out")
     return splits[0], splits[1]
+
+
+def prompt_of(pair: dict) -> tuple[str, str]:
+    return pair["system"], pair["question"]
 
 
 # --- which prompts a step sees ---

@@ -1,14 +1,16 @@
 r"""DPO: Direct Preference Optimization (arXiv 2305.18290), and two objectives that change its reward.
 
 For a question x, y_w is the chosen response and y_l the rejected one; nothing is sampled while the policy learns.
-Maximise, averaged over pairs,
+pi_ref is the model before training, sigma(z) = 1/(1 + exp(-z)). Maximise, averaged over pairs,
 
     J(theta) = log sigma( R(x, y_w) - R(x, y_l) )                                                       (eq. 7)
 
     R(x, y) = beta log( pi(y | x) / pi_ref(y | x) )                       the implicit reward: eq. 5 without log Z(x)
 
-The policy that maximises a reward under a KL to pi_ref satisfies eq. 5; turned around, any policy is the best one for
-some reward, and Z cancels in a pair. So preferences train the policy as they would train a reward model:
+If y_w is preferred with probability sigma(r(x, y_w) - r(x, y_l)) (Bradley-Terry, eq. 1), J with r for R trains a reward
+model. The policy best for r - beta KL(pi || pi_ref) is pi_ref exp(r/beta) / Z(x) (eq. 4); solved for r, that is
+R + beta log Z(x) (eq. 5), and Z(x), the same for both responses, cancels. So the pairs train the policy itself, as its
+own reward model, and it may go the further from pi_ref the smaller beta is:
 
     grad J = beta sigma( R(x, y_l) - R(x, y_w) ) { grad log pi(y_w | x) - grad log pi(y_l | x) }
 
@@ -17,19 +19,21 @@ as long as log pi(y_l | x) falls more. log pi(y | x) is a sum over tokens, so lo
 
     dpo_norm  R(x, y) = beta/|y| log( pi(y | x) / pi_ref(y | x) )     length-normalised DPO, Tulu 3 (arXiv 2411.15124)
     simpo     R(x, y) = beta/|y| log pi(y | x)                        SimPO (arXiv 2405.14734, eq. 4), no reference;
-              J(theta) = log sigma( R(x, y_w) - R(x, y_l) - gamma )   a margin of gamma is asked for (eq. 6)
+              J(theta) = log sigma( R(x, y_w) - R(x, y_l) - gamma )   gamma: the target reward margin (eq. 6)
 
-Kept from grpo.py: token log-probs, gradients clipped to norm 1. Gone: the sampler in the loop, advantages, ratio, clip.
-Without --data the pairs are the model's own answers: of G to a question, the first right one against the first wrong
-one; or Kimi's long2short (arXiv 2501.12599, section 2.4), for a model that is right but too long. Left out: label
-smoothing, the fine-tuning on chosen responses that should come first where the model did not write them itself.
+Kept from grpo.py: token log-probs, the reference, gradients clipped to norm 1. Gone: the sampler in the loop,
+advantages, ratio, clip. Without --data the pairs are the model's own answers: of G to a question, the first right one
+against the first wrong one; or Kimi's long2short (arXiv 2501.12599, section 2.4), for a model that is right but too
+long. Left out: label smoothing, warm-up and decay of the learning rate, and fine-tuning on the chosen responses first,
+as the paper does where another model wrote them (sft.py).
 
     python dpo.py
         On a CPU, no download: a tiny model answers, a verifier makes pairs, and the model learns to think.
-    python dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --lr 5e-7 --max-new-tokens 512
+    python dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --lr 5e-6 --max-new-tokens 512
         Your own pairs, one {"prompt": ..., "chosen": ..., "rejected": ...} per line, or a set on the Hub.
 """
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -46,11 +50,11 @@ from run import Run, parse, sum_gradients
 @dataclass
 class Config:
     model: str = "tiny"  # Hugging Face folder or Hub name of the policy to train
-    task: str = "arithmetic"  # where the model's own answers make the pairs, and what it is evaluated on then
+    task: str = "arithmetic"  # without --data: its questions, answered by the model, make the pairs and the evaluation
     data: tuple[str, ...] = ()  # JSONL file or Hub set of pairs; a second one is held out; empty: the model's own
     template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question becomes a prompt
     sampler: Literal["auto", "hf", "vllm"] = "auto"  # what writes the responses
-    objective: Literal["dpo", "dpo_norm", "simpo"] = "dpo"  # J
+    objective: Literal["dpo", "dpo_norm", "simpo"] = "dpo"  # which R and J
     pairs: Literal["verified", "long2short"] = "verified"  # how the model's own answers make pairs
     pair_prompts: int = 1024  # questions answered to make pairs
     group_size: int = 8  # G: answers to each of them
@@ -109,7 +113,7 @@ def dpo_loss(logp, ref_logp, mask, num_pairs, beta=0.5):
 
     logp, ref_logp [2N, T]: log pi, log pi_ref of the tokens of N pairs, rows chosen, rejected, chosen, rejected, ...
     mask [2N, T]: True on response tokens; num_pairs: those of the whole update, in all its micro-batches and processes
-    beta: 0.1 to 0.5 in the paper, per nat of a whole response
+    beta: reward per nat; the smaller, the further pi may go from pi_ref (the paper: 0.1, for summaries 0.5)
     """
     R = beta * ((logp - ref_logp) * mask).sum(1)  # [2N] implicit reward
     margin = R[0::2] - R[1::2]  # [N] chosen - rejected
@@ -117,7 +121,7 @@ def dpo_loss(logp, ref_logp, mask, num_pairs, beta=0.5):
 
 
 def dpo_norm_loss(logp, ref_logp, mask, num_pairs, beta=5.0):
-    """-J(theta) with the mean instead of the sum over tokens, so that length does not count -> (loss, stats).
+    """-J(theta) with the mean, not the sum over tokens, so that long responses do not count more -> (loss, stats).
 
     Arguments as in dpo_loss; beta: larger, as a mean of log-ratios is smaller than their sum (Tulu 3: 5).
     """
@@ -153,8 +157,8 @@ def main(config: Config) -> None:
     tracking = {"log_with": config.track or None, "project_dir": config.out or "runs"}
     accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", **tracking)
     run = Run(config, accelerator)
-    objective = {"dpo": dpo_loss, "dpo_norm": dpo_norm_loss, "simpo": partial(simpo_loss, gamma=config.gamma)}
-    objective = partial(objective[config.objective], **({"beta": config.beta} if config.beta else {}))
+    losses = {"dpo": dpo_loss, "dpo_norm": dpo_norm_loss, "simpo": partial(simpo_loss, gamma=config.gamma)}
+    objective = partial(losses[config.objective], **({"beta": config.beta} if config.beta else {}))  # 0: its default
     check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
 
     policy, tokenizer = load_model(config.model, accelerator.device)
@@ -168,17 +172,23 @@ def main(config: Config) -> None:
     else:
         questions, test = load_prompts(config, tokenizer)
         sampler = make_sampler(config, policy, tokenizer, accelerator)
-        sampler.push(policy)
-        questions = draw(questions, min(config.pair_prompts, len(questions)), config.seed, step=1)
-        share = slice(accelerator.process_index, None, accelerator.num_processes)  # this process's questions
-        seed = 10**9 * accelerator.process_index + 10**6 * config.seed
-        choose = {"verified": verified_pairs, "long2short": long2short_pairs}[config.pairs]
-        train, held_out = (sample_pairs(config, sampler, part[share], choose, seed) for part in (questions, test))
-        sampler.sleep()
+        if config.resume:  # sampled again, they might differ
+            train, held_out = json.loads((run.folder / "pairs.json").read_text())
+        else:
+            sampler.push(policy)
+            questions = draw(questions, min(config.pair_prompts, len(questions)), config.seed, step=1)
+            share = slice(accelerator.process_index, None, accelerator.num_processes)  # this process's questions
+            seed = 10**9 * accelerator.process_index + 10**6 * config.seed
+            choose = {"verified": verified_pairs, "long2short": long2short_pairs}[config.pairs]
+            train, held_out = (sample_pairs(config, sampler, part[share], choose, seed) for part in (questions, test))
+            sampler.sleep()
     if not train or not held_out:
-        raise SystemExit("no pair: it takes a right and a wrong answer to one question; try an easier or harder --task")
+        told = f"{len(train)} pairs to learn from, {len(held_out)} held out: each takes a right answer and a wrong"
+        raise SystemExit(told + " (long2short: or longer) one; try another --task, or more questions")
     if accelerator.is_main_process:
-        print(f"{len(train)} pairs to learn from, {len(held_out)} held out; the first one:")
+        (run.folder / "pairs.json").write_text(json.dumps([train, held_out]))
+        often = config.steps * config.pairs_per_step / len(train)
+        print(f"{len(train)} pairs to learn from, {often:.1f} times each; {len(held_out)} held out; the first one:")
         print(tokenizer.decode(train[0]["prompt_ids"]), *(f"  {x}: {train[0][x]}" for x in RESPONSES), sep="\n")
     held_out = pair_batch(held_out, tokenizer, accelerator.device)
     with accelerator.autocast():

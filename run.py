@@ -41,10 +41,10 @@ def parse(config_class):
 
 def check(config, processes: int) -> None:
     """Refuse, before any work, numbers that cannot be meant."""
-    least = {"group_size": 2, "temperature": 0.01, "eval_every": 0, "save_every": 0, "eval_prompts": processes}
+    least = {"group_size": 2, "temperature": 0.01, "eval_prompts": processes, "pairs_per_step": processes}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        low = least.get(field.name, 0 if isinstance(value, float) or field.default == 0 else 1)
+        value, may_be_0 = getattr(config, field.name), field.default == 0 or "_every" in field.name
+        low = least.get(field.name, 0 if isinstance(value, float) or may_be_0 else 1)
         if isinstance(value, int | float) and value < low:
             raise SystemExit(f"--{field.name.replace('_', '-')} {value}: it must be at least {low}")
     if hasattr(config, "minibatches"):
@@ -133,9 +133,9 @@ class Run:
             rewards, lengths, reasons = (gather_object(x) for x in lists)
             scores = {name: gather_object(x) for name, x in scores.items()}
             record |= rollout_metrics(rewards, scores, lengths, reasons, self.config.group_size)
-        self.record = record | metrics | seconds | {"seconds": time.perf_counter() - self.started}
-        shown = [f"{n} {record[n]:.3g}" for n in ("loss", "reward", "accuracy", "response_length") if n in record]
-        self.bar.set_postfix_str(f"{', '.join(shown)}, {record['tokens'] / self.record['seconds']:.0f} tokens/s")
+        self.record = record = record | metrics | seconds | {"seconds": time.perf_counter() - self.started}
+        shown = [f"{n} {record[n]:.3g}" for n in "loss reward accuracy response_length margin".split() if n in record]
+        self.bar.set_postfix_str(f"{', '.join(shown)}, {record['tokens'] / record['seconds']:.0f} tokens/s")
 
     def evaluate(self, step: int, sampler, examples: list[dict], k: int = 8) -> None:
         """Add held-out metrics: greedy accuracy, and pass@1 and pass@k from k samples at the training temperature."""

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch.nn.functional import logsigmoid
 import data
 import dpo
 from dpo import dpo_loss, dpo_norm_loss, long2short_pairs, simpo_loss, verified_pairs
+from rewards import accuracy
+from rollout import HFSampler
 
 OBJECTIVES = {"dpo": dpo_loss, "dpo_norm": dpo_norm_loss, "simpo": simpo_loss}
 MASK = torch.arange(6) < torch.tensor([[6], [2], [1], [4], [3], [5]])  # three pairs of ragged rows
@@ -40,6 +44,12 @@ def test_its_sections_are_those_of_grpo_where_there_is_a_counterpart():
     lines = {line.split("  #")[0] for line in base["training"].splitlines()}
     same = [line for line in other["training"].splitlines() if line.split("  #")[0] in lines]
     assert len(same) >= 18, "the set-up is the same where it can be"
+    steps = [
+        "sum_gradients(accelerator, parameters)",
+        "accelerator.clip_grad_norm_(parameters, 1.0)",
+        "optimizer.step()",
+    ]
+    assert all(step in base["update"] and step in other["update"] for step in steps)
 
 
 # --- the objectives ---
@@ -68,22 +78,22 @@ def test_dpo_weighs_a_pair_by_how_wrong_its_rewards_are():
 
 
 def test_values_by_hand():
-    # One pair: 2 chosen tokens of log-ratio 1 and 3 (log pi -1, -2), 1 rejected token of log-ratio -1 (log pi -3).
+    # One pair: 2 chosen tokens of log-ratio 1 and 3 (log pi -1, -2), 1 rejected token of log-ratio -1 (log pi -4).
     mask = torch.tensor([[True, True], [True, False]])
-    logp, ref_logp = double(-1, -2, -3, 99).view(2, 2), double(-2, -5, -2, -99).view(2, 2)
+    logp, ref_logp = double(-1, -2, -4, 99).view(2, 2), double(-2, -5, -3, -99).view(2, 2)
     by_hand = {
         dpo_loss: 0.5 * 4 - 0.5 * -1,
         dpo_norm_loss: 5 * (4 / 2) - 5 * -1,
-        simpo_loss: 2 * (-3 / 2) - 2 * -3 - 1,
+        simpo_loss: 2 * (-3 / 2) - 2 * -4 - 1,
     }
     for objective, logit in by_hand.items():
         loss, stats = objective(logp, ref_logp, mask, 1)
         assert loss.item() == pytest.approx(math.log(1 + math.exp(-logit)), abs=1e-12)
-        assert stats["logp_chosen"].item() == -3 and stats["logp_rejected"].item() == -3
+        assert stats["logp_chosen"].item() == -3 and stats["logp_rejected"].item() == -4
         assert stats["length_chosen"].item() == 2 and stats["length_rejected"].item() == 1
         assert stats["pair_accuracy"].item() == 1
-    assert simpo_loss(logp, None, mask, 1, beta=4, gamma=2)[0].item() == pytest.approx(math.log(1 + math.exp(-4)))
-    assert simpo_loss(logp, None, mask, 1)[1]["margin"].item() == 3, "the margin is logged without gamma"
+    assert simpo_loss(logp, None, mask, 1, beta=4, gamma=2)[0].item() == pytest.approx(math.log(1 + math.exp(-8)))
+    assert simpo_loss(logp, None, mask, 1)[1]["margin"].item() == 5, "the margin is logged without gamma"
 
 
 @pytest.mark.parametrize(("objective", "factor"), [(dpo_loss, 2), (dpo_norm_loss, 1), (simpo_loss, 1)])
@@ -153,8 +163,6 @@ def test_sampled_pairs_are_what_they_say(tiny, sampler):
     pairs = data.sample_pairs(config, sampler, questions, verified_pairs, seed=0)
     assert len(pairs) > 40 and len({pair["prompt"] for pair in pairs}) == len(pairs)
     answers = {question["question"]: question for question in questions}
-    from rewards import accuracy
-
     for pair in pairs:
         example = answers[pair["prompt"]]
         assert accuracy(pair["chosen"], example) == 1 and accuracy(pair["rejected"], example) == 0
@@ -178,9 +186,7 @@ def test_no_pair_is_parted(tiny, budget):
     seen = torch.cat([part["row"] for part in parts])
     assert torch.equal(seen[0::2] + 1, seen[1::2]) and sorted(seen.tolist()) == list(range(20))
     assert all(part.input_ids.numel() <= budget or len(part.texts) == 2 for part in parts)
-    assert len(parts) == (10 if budget == 1 else 1 if budget == 10**6 else len(parts)) and (
-        budget != 150 or len(parts) > 1
-    )
+    assert {1: len(parts) == 10, 150: 1 < len(parts) < 10, 10**6: len(parts) == 1}[budget]
 
 
 def write(path, *pairs):
@@ -211,12 +217,29 @@ def test_a_second_source_is_held_out(tmp_path, tiny):
     assert [p["prompt"] for p in train] == ["p1"] and [p["prompt"] for p in test] == ["p2", "p3"]
 
 
-def test_conversations_and_system_prompts(tmp_path, tiny):
+def test_no_pair_of_a_training_prompt_is_lost(tmp_path, tiny, capsys):
+    path = write(tmp_path / "a.jsonl", *(pair(i % 20, chosen=f"good {i}") for i in range(200)))
+    train, test = data.load_pairs(dpo.Config(data=(path,)), tiny[1])
+    assert len(train) == 180 and len(test) == 20 and len({p["prompt"] for p in test}) == 2
+    assert not {p["prompt"] for p in train} & {p["prompt"] for p in test}
+    path = write(tmp_path / "b.jsonl", *(pair(i) for i in range(20)), pair(30, rejected="good 30"))
+    train, test = data.load_pairs(dpo.Config(data=(path,)), tiny[1])
+    assert len(train) + len(test) == 20 and "1 pairs have equal responses" in capsys.readouterr().out
+
+
+def test_conversations_and_system_prompts(tmp_path, tiny, capsys):
     user, good = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "good"}
     talk = {"chosen": [user, good], "rejected": [user, {"role": "assistant", "content": "bad"}]}
-    path = write(tmp_path / "a.jsonl", talk, pair(1, system="be kind"))
-    (first, second), _ = data.read_preferences(path)
-    assert (first["prompt"], first["chosen"], first["rejected"]) == ("hi", "good", "bad")
+    system = {"role": "system", "content": "be brief"}
+    with_system = {name: [system, *messages] for name, messages in talk.items()}
+    longer = {name: [user, good, *messages] for name, messages in talk.items()}
+    path = write(tmp_path / "a.jsonl", talk, pair(1, system="be kind"), with_system, longer, {"prompt": [user], **talk})
+    (first, second, third, fourth), _ = data.read_preferences(path)
+    assert (first["prompt"], first["chosen"], first["rejected"], first["system"]) == ("hi", "good", "bad", "")
+    assert (third["prompt"], third["chosen"], third["system"]) == ("hi", "good", "be brief") and fourth == first
+    assert "1 pairs of" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='"system" must be text'):
+        data.read_preferences(write(tmp_path / "a.jsonl", pair(1, system=["x"])))
     assert data.render_prompt(second, tiny[1], "plain") == "be kind\n\np1"
     with pytest.raises(SystemExit, match=r"a.jsonl:1: a conversation is a list"):
         data.read_preferences(write(tmp_path / "a.jsonl", pair(1, chosen=["x"])))
@@ -264,19 +287,78 @@ def test_beta_0_is_the_objectives_own(tmp_path, objective, beta):
 
 def test_the_held_out_metrics_are_those_of_the_saved_model(tmp_path):
     path = write(
-        tmp_path / "a.jsonl", *({"prompt": f"{i}+1=", "chosen": f"{i + 1}", "rejected": "9"} for i in range(20))
+        tmp_path / "a.jsonl", *({"prompt": f"{i}+1=", "chosen": f"{i + 1}", "rejected": "0"} for i in range(20))
     )
-    records = run(tmp_path, "run", data=(path,), steps=3)
+    flags = {"beta": 0.3, "temperature": 0.7, "pairs_per_step": 18, "data": (path,)}
+    records = run(tmp_path, "run", steps=3, **flags)
     assert "eval_accuracy" not in records[-1] and len(records) == 4
-    config = dpo.Config(data=(path,), **SMALL)
+    config = dpo.Config(**SMALL | flags)
     policy, tokenizer = dpo.load_model(str(tmp_path / "run" / "model"), torch.device("cpu"))
     reference, _ = dpo.load_model(str(ROOT / "tiny"), torch.device("cpu"))
-    batch = dpo.pair_batch(data.load_pairs(config, tokenizer)[1], tokenizer, torch.device("cpu"))
+    train, held_out = (dpo.pair_batch(x, tokenizer, torch.device("cpu")) for x in data.load_pairs(config, tokenizer))
     with torch.no_grad():
-        a, b = (dpo.token_logprobs(model, batch, 1.0)[0].sum(1) for model in (policy, reference))
-    R = 0.5 * (a - b)
+        at_first = dpo.token_logprobs(reference, train, 0.7)[0].sum(1)
+        a, b = (dpo.token_logprobs(model, held_out, 0.7)[0].sum(1) for model in (policy, reference))
+    assert records[1]["loss"] == pytest.approx(math.log(2), abs=1e-5), "policy and reference at one temperature"
+    assert records[1]["logp_chosen"] == pytest.approx(at_first[0::2].mean().item(), rel=1e-4)
+    R = 0.3 * (a - b)
     assert records[-1]["eval_margin"] == pytest.approx((R[0::2] - R[1::2]).mean().item(), abs=1e-5)
     assert records[-1]["eval_loss"] == pytest.approx(-logsigmoid(R[0::2] - R[1::2]).mean().item(), abs=1e-5)
+
+
+def test_gamma_and_the_rule_for_pairs_arrive(tmp_path):
+    losses = [run(tmp_path, str(g), objective="simpo", gamma=g, steps=1)[0]["eval_loss"] for g in (0.0, 2.0)]
+    assert losses[1] > losses[0]
+    run(tmp_path, "short", pairs="long2short", steps=1)
+    pairs = [pair for part in json.loads((tmp_path / "short" / "pairs.json").read_text()) for pair in part]
+    assert pairs and all(len(pair["chosen_ids"]) < len(pair["rejected_ids"]) for pair in pairs)
+
+
+def test_the_loop_sees_other_pairs_in_every_step_and_evaluates_the_present_policy(tmp_path, monkeypatch):
+    steps, pushes, questions = [], [], []
+    draw, sample, push = dpo.draw, dpo.sample_pairs, HFSampler.push
+    monkeypatch.setattr(dpo, "draw", lambda x, n, seed, step: steps.append(step) or draw(x, n, seed, step))
+    monkeypatch.setattr(dpo, "sample_pairs", lambda c, s, q, *rest: questions.append(q) or sample(c, s, q, *rest))
+    monkeypatch.setattr(HFSampler, "push", lambda self, policy: pushes.append(1) or push(self, policy))
+    run(tmp_path, "run", steps=3, eval_every=2)
+    assert steps == [1, 1, 2, 3], "once for the questions, then for every step"
+    assert len(pushes) == 1 + 3, "to make the pairs, and for the evaluations after 0, 2 and 3 steps"
+    task = data.load_task("arithmetic")
+    train, test = ({example["question"] for example in part} for part in (task.train, task.test[:8]))
+    assert {q["question"] for q in questions[0]} <= train and {q["question"] for q in questions[1]} == test
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", *({"prompt": f"{i}+1=", "chosen": f"{i + 1}", "rejected": "0"} for i in range(40))
+    )
+    flags = ["--data", path, "--steps", 2, "--pairs-per-step", 5, "--eval-prompts", 4, "--model", "tiny"]
+    run_script("dpo.py", *flags, "--out", tmp_path / "one")
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--cpu",
+    ]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "29641",
+        str(ROOT / "dpo.py"),
+    ]
+    subprocess.run(
+        [*launch, *map(str, flags), "--out", str(tmp_path / "two")], cwd=ROOT, check=True, capture_output=True
+    )
+    for one, two in zip(*(read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")), strict=True):
+        for name in without_times([one])[0].keys() - {"pair_accuracy"}:
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
 def test_resuming_continues_to_the_bit(tmp_path):
@@ -289,7 +371,7 @@ def test_resuming_continues_to_the_bit(tmp_path):
 
 
 def test_no_pairs_is_one_clear_line(tmp_path):
-    with pytest.raises(SystemExit, match="no pair: it takes a right and a wrong answer"):
+    with pytest.raises(SystemExit, match="0 pairs to learn from, 0 held out"):
         run(tmp_path, "run", max_new_tokens=2)  # too short for any answer
 
 
