@@ -64,6 +64,7 @@ class Config:
     max_new_tokens: int = 64  # longest response |y|, tokens; longer ones of --data are cut
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     lr: float = 5e-5  # learning rate of AdamW; 5e-7 to 5e-6 for a pretrained model
     beta: float = 0.0  # beta; 0: 0.5 for dpo, 5 for dpo_norm, 2 for simpo, as it means another thing in each
     gamma: float = 1.0  # gamma of simpo, in units of its reward
@@ -161,7 +162,7 @@ def main(config: Config) -> None:
     objective = partial(losses[config.objective], **({"beta": config.beta} if config.beta else {}))  # 0: its default
     check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
 
-    policy, tokenizer = load_model(config.model, accelerator.device)
+    policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
     reference = load_model(config.model, accelerator.device)[0] if config.objective != "simpo" else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)

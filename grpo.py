@@ -49,6 +49,7 @@ class Config:
     epochs: int = 1  # mu: passes over each rollout
     minibatches: int = 1  # updates per pass
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
@@ -128,7 +129,7 @@ def main(config: Config) -> None:
     weights = parse_weights(config.rewards)
     check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
 
-    policy, tokenizer = load_model(config.model, accelerator.device)
+    policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
     reference = load_model(config.model, accelerator.device)[0] if config.beta else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)

@@ -58,6 +58,7 @@ class Config:
     epochs: int = 2  # passes over each rollout
     minibatches: int = 1  # updates per pass
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     tau: float = 0.1  # tau: weight of the squared log-ratio of a response, a sum over its tokens
     tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
@@ -143,7 +144,7 @@ def main(config: Config) -> None:
     weights = parse_weights(config.rewards)
     check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
 
-    policy, tokenizer = load_model(config.model, accelerator.device)
+    policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     state = {"policy": policy, "optimizer": optimizer}  # all that a run needs to go on later

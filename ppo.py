@@ -39,7 +39,7 @@ from transformers import AutoModelForTokenClassification
 
 from data import draw, load_prompts
 from rewards import parse_weights, score, total
-from rollout import batch_logprobs, check_sampler, load_model, make_sampler, token_logprobs
+from rollout import batch_logprobs, check_sampler, forward, load_model, make_sampler, token_logprobs
 from run import Run, parse, sum_gradients
 
 
@@ -60,6 +60,7 @@ class Config:
     epochs: int = 1  # mu: passes over each rollout
     minibatches: int = 1  # updates per pass
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
@@ -95,9 +96,7 @@ def load_value(path: str, device: torch.device):
 
 def token_values(value, batch) -> torch.Tensor:
     """V_t of the response tokens, with gradient: [B, T] float32, 0 off the mask."""
-    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L + T] left padding does not count
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": positions}
-    values = value(**inputs, use_cache=False).logits.squeeze(-1).float()  # [B, L + T] one number per token
+    values = forward(value, batch).logits.squeeze(-1).float()  # [B, L + T] one number per token
     return values[:, -batch.response_mask.shape[1] - 1 : -1] * batch.response_mask  # [B, T] V_t comes before token t
 
 
@@ -179,7 +178,7 @@ def main(config: Config) -> None:
     weights = parse_weights(config.rewards)
     check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
 
-    policy, tokenizer = load_model(config.model, accelerator.device)
+    policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
     reference = load_model(config.model, accelerator.device)[0] if config.beta else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)

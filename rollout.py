@@ -1,16 +1,16 @@
 """Rollouts: a batch of sampled responses, the log-probs of a model on it, and the two samplers that make it.
 
-Samplers take token ids and give back the sampled ids with their log-probs. Training uses exactly those ids: text that
-is decoded and tokenised again need not give the same tokens.
+Training uses exactly the token ids that were sampled: their text, tokenised again, need not give the same ones.
 """
 
 import importlib.util
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
@@ -20,8 +20,6 @@ from data import resolve_template, stop_strings
 logging.disable_progress_bar()  # ours shows the training
 logging.set_verbosity_error()  # a value network has a new head: no report about that
 LOGITS_AT_ONCE = 2**25  # logits that stand in memory together: 128 MiB in float32, whatever B, T and the vocabulary
-
-# --- the batch ---
 
 
 @dataclass
@@ -69,7 +67,7 @@ class Rollouts:
         order = torch.randperm(len(self.texts), generator=torch.Generator().manual_seed(seed))
         return [part.sort().values.to(self.input_ids.device) for part in order.tensor_split(count)]
 
-    def microbatches(self, rows: torch.Tensor, budget: int, together: int = 1) -> Iterator["Rollouts"]:
+    def microbatches(self, rows: torch.Tensor, budget: int, together: int = 1):
         """The rows in parts alike in length, of at most `budget` tokens with padding; `together`: 2 parts no pair."""
         rows, part, left, right = rows.view(-1, together), [], 0, 0  # [R, together]
         sizes = torch.stack([self.attention_mask.sum(1) - self.lengths, self.lengths])  # [2, B]
@@ -86,31 +84,28 @@ class Rollouts:
 
 def left_pad(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, [P, L] each."""
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, pad, "left")
+    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], True, 0, "left")
+    return ids.to(device), mask.to(device)
 
 
-def collate(prompts, responses, logps, finish_reasons, tokenizer, device) -> Rollouts:
+def collate(prompts, responses, logps, reasons, tokenizer, device) -> Rollouts:
     """Rollouts from lists of token ids: P prompts, and B = P * G responses in prompt order with their log-probs."""
     group_size, pad, width = len(responses) // len(prompts), tokenizer.pad_token_id, max(map(len, responses))
     index = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [B]
     ids, attention = (x[index] for x in left_pad(prompts, pad, device))  # [B, L] each
     response_ids = torch.tensor([r + [pad] * (width - len(r)) for r in responses], device=device)  # [B, T]
     logp = torch.tensor([x + [0.0] * (width - len(x)) for x in logps], device=device)  # [B, T]
-    lengths = torch.tensor([[len(r)] for r in responses], device=device)  # [B, 1]
-    mask = torch.arange(width, device=device) < lengths  # [B, T] by length, never by token id: pad may equal eos
+    mask = torch.tensor([[t < len(r) for t in range(width)] for r in responses], device=device)  # [B, T] pad may be eos
     ids, attention = torch.cat([ids, response_ids], 1), torch.cat([attention, mask.long()], 1)  # [B, L + T]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    rows = {"row": torch.arange(len(responses), device=device)}  # so that a part of the batch knows where it belongs
-    return Rollouts(ids, attention, mask, logp, index, texts, finish_reasons, rows)
+    return Rollouts(ids, attention, mask, logp, index, texts, reasons, {"row": torch.arange(len(ids), device=device)})
 
 
 # --- the model and its log-probs ---
 
 
-def load_model(path: str, device: torch.device):
+def load_model(path: str, device: torch.device, gradient_checkpointing: bool = False):
     """(model, tokenizer) of a Hugging Face folder or Hub name; float32 weights, or updates of 1e-6 would be lost."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -119,12 +114,22 @@ def load_model(path: str, device: torch.device):
         raise SystemExit(f"--model {path} is no folder here, nor on the Hub: {str(error).splitlines()[0]}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.eval()  # no dropout: sampler, old and current log-probs must be those of one function
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.tensor([[tokenizer.eos_token_id] * 2], device=device)
     with torch.no_grad():  # token_logprobs applies the head itself: make sure that this is all there is to it
         by_head = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
         if not torch.allclose(by_head, model(ids).logits, atol=1e-3):
             raise SystemExit(f"--model {path}: it changes its logits after the LM head, which is not supported here")
     return model, tokenizer
+
+
+def forward(model, batch: Rollouts):
+    """The output of a model, or of its body, on a batch; its checkpointed layers compute again in the backward pass."""
+    for layer in (x for x in model.modules() if getattr(x, "gradient_checkpointing", False)):
+        layer.training = torch.is_grad_enabled()  # or it would not; dropout is a module of its own and stays off
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L + T] left padding does not count
+    return model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False)
 
 
 def head_logprobs(head, hidden, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,20 +147,15 @@ def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Te
     response positions only and in chunks that are computed again in the backward pass, so [B, T, V] never exists.
     """
     mask = batch.response_mask  # [B, T]
-    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L + T] left padding does not count
-    hidden = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
-    ).last_hidden_state  # [B, L + T, H]
+    hidden = forward(model.base_model, batch).last_hidden_state  # [B, L + T, H]
     hidden = hidden[:, -mask.shape[1] - 1 : -1][mask]  # [N, H] the state one to the left predicts the token
     targets = batch.input_ids[:, -mask.shape[1] :][mask]  # [N]
     head = model.get_output_embeddings()
     chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    if len(targets) <= chunk:
-        logp, entropy = head_logprobs(head, hidden, targets, temperature)
-    else:
-        pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        parts = [checkpoint(head_logprobs, head, h, t, temperature, use_reentrant=False) for h, t in pairs]
-        logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+    compute = partial(checkpoint, head_logprobs, use_reentrant=False) if len(targets) > chunk else head_logprobs
+    pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    parts = [compute(head, h, t, temperature) for h, t in pairs]
+    logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
     zeros = torch.zeros(mask.shape, device=mask.device, dtype=logp.dtype)
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
@@ -206,7 +206,8 @@ class HFSampler:
         self.max_new_tokens, self.device = config.max_new_tokens, policy.device
 
     def push(self, policy) -> None:
-        """Nothing to do: it samples from the very weights that are trained."""
+        """It samples from the very weights that are trained."""
+        policy.eval()  # layers that were checkpointed in the update would drop the cache
 
     def sleep(self) -> None:
         """Nothing to free."""
@@ -231,8 +232,7 @@ class HFSampler:
             for i, token, x in zip(alive, ids[:, 0].tolist(), logp.gather(-1, ids)[:, 0].tolist(), strict=True):
                 responses[i].append(token)
                 logps[i].append(x)
-                tail = self.tokenizer.decode(responses[i][-20:]) if self.stop else ""
-                if token in self.ends or any(text in tail for text in self.stop):
+                if token in self.ends or any(text in self.tokenizer.decode(responses[i][-20:]) for text in self.stop):
                     finish_reasons[i] = "stop"
             keep = [j for j, i in enumerate(alive) if finish_reasons[i] == "length"]
             if not keep:

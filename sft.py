@@ -41,6 +41,7 @@ class Config:
     max_new_tokens: int = 64  # longest response in the evaluation, tokens
     temperature: float = 1.0  # of the policy, when it learns and when it is evaluated
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     lr: float = 2e-3  # highest learning rate of AdamW: linear warm-up over 5 % of the steps, then a cosine to zero
     eval_every: int = 500  # steps between evaluations; 0: only before and after
     eval_prompts: int = 512  # held-out questions per evaluation
@@ -97,7 +98,7 @@ def main(config: Config) -> None:
         policy, tokenizer = new_model(config.seed)
         policy.to(accelerator.device)
     else:
-        policy, tokenizer = load_model(config.model, accelerator.device)
+        policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = max(1, config.steps // 20)

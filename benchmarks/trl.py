@@ -140,15 +140,15 @@ class Clock:
             self.first = time.time() - self.job["started"]
         record = {"cpu": cpu, "wall": wall, "rollout_cpu": self.rollout[0], "rollout_wall": self.rollout[1], **counts}
         self.records.append(record)
-        if len(self.records) == WARMUP + self.job["steps"]:
-            counted = self.records[WARMUP:]
+        if len(self.records) == self.job["warmup"] + self.job["steps"]:
+            counted = self.records[self.job["warmup"] :]
             result = {f"{name}_ms": 1000 * statistics.median(r[name] for r in counted) for name in list(record)[:4]}
             result |= {name: statistics.fmean(r[name] for r in counted) for name in counts}
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
             result |= {"first_step_s": self.first, "peak_mb": peak}
+            result["each_cpu_ms"] = [round(1000 * r["cpu"], 1) for r in counted]
             Path(self.job["result"]).write_text(json.dumps(result))
-            sys.stdout.flush()
-            os._exit(0)
+            raise SystemExit
         self.mark, self.rollout = self.now(), [0.0, 0.0]
 
 
@@ -165,7 +165,7 @@ def ours(job: dict) -> None:
 
     script, _, case = job["case"].partition("-")
     module = importlib.import_module(script)
-    folder, steps = Path(job["folder"]), WARMUP + job["steps"] + 1  # what follows the last step is never reached
+    folder, steps = Path(job["folder"]), job["warmup"] + job["steps"] + 1  # what follows the last one is never reached
     data = "pairs" if script == "dpo" else "questions"
     flags = {
         "model": str(folder / f"{job['size']}-{case or 'b'}"), "out": job["out"], "sampler": "hf", "steps": steps,
@@ -206,7 +206,7 @@ def theirs(job: dict) -> None:
     from transformers import AutoTokenizer, TrainerCallback
 
     script, _, case = job["case"].partition("-")
-    folder, steps = Path(job["folder"]), WARMUP + job["steps"]
+    folder, steps = Path(job["folder"]), job["warmup"] + job["steps"]
     path = str(folder / f"{job['size']}-{case or 'b'}")
     tokenizer = AutoTokenizer.from_pretrained(path)
     file = folder / ("pairs.jsonl" if script == "dpo" else "questions.jsonl")
@@ -349,7 +349,7 @@ def measure(pythons: dict[str, str], cases: list[str], sizes: list[str], steps: 
                 for number in range(rounds):
                     for side in ("ours", "trl 1.12.0" if case.startswith("ppo") else "trl 1.16.0"):
                         place = {"case": case, "size": size, "round": number, "side": side}
-                        results.append(place | work(pythons[side], folder=folder, steps=steps, **place))
+                        results.append(place | work(pythons[side], folder=folder, warmup=WARMUP, steps=steps, **place))
                         r = results[-1]
                         print(
                             f"{size:5} {case:6} {side:10} CPU {r['cpu_ms']:6.0f} ms, wall {r['wall_ms']:6.0f} ms, "
@@ -362,55 +362,63 @@ def measure(pythons: dict[str, str], cases: list[str], sizes: list[str], steps: 
 
 
 def table(record: dict) -> str:
-    """The Markdown page of a record: what was measured where, and a table for each size."""
+    """The Markdown page of a record: what was measured where, and two tables for each size."""
     lines = ["# The same work in TRL and here", ""]
     lines += [f"`{record['command']}`, {record['date']}, one thread of {record['cpu']}.", ""]
-    lines += [
-        f"- {side}: " + ", ".join(f"{p} {v}" for p, v in found.items()) for side, found in record["versions"].items()
-    ]
+    for side, found in record["versions"].items():
+        lines.append(f"- {side}: " + ", ".join(f"{package} {version}" for package, version in found.items()))
     lines += [
         "",
-        f"Median of {record['steps']} steps after {WARMUP}, then of {record['rounds']} runs of each side in turn.",
+        f"Median of {record['steps']} steps after {WARMUP}, and of {record['rounds']} runs of each side, in turn.",
     ]
     lines += [
-        "The ratio is TRL / ours, with the smallest and the largest of the rounds; bold where it reaches its goal."
+        "A ratio is TRL / ours, in brackets the smallest and the largest of the rounds; bold: it reaches the goal."
     ]
-    lines += ["`python benchmarks/trl.py` repeats it, and says in its first lines what the work is."]
+    lines += ["The first lines of `benchmarks/trl.py` say what the work is."]
     for size, parameters in (("small", "1.05"), ("large", "4.2")):
-        results = [r for r in record["results"] if r["size"] == size]
-        if not results:
-            continue
-        heads = (
-            "CPU ms: ours|TRL|ratio|goal|wall ms: ours|TRL|ratio|of which rollout, CPU ms: ours|TRL|update: ours|TRL"
-        )
-        lines += ["", f"## {parameters} M parameters", "", f"| case | {heads.replace('|', ' | ')} |"]
-        lines += ["|---" * (heads.count("|") + 2) + "|"]
-        other = "tokens: ours|TRL|informative groups: ours|TRL|peak MB: ours|TRL|s to the first step: ours|TRL"
-        more = ["", f"| case | {other.replace('|', ' | ')} |", "|---" * (other.count("|") + 2) + "|"]
-        for case in TARGETS:
-            sides = [
-                [r for r in results if r["case"] == case and (r["side"] == "ours") == mine] for mine in (True, False)
+        found = {case: [] for case in TARGETS}  # case -> the records of our runs, those of TRL's
+        for case in found:
+            runs = [r for r in record["results"] if (r["case"], r["size"]) == (case, size)]
+            found[case] = [[r for r in runs if (r["side"] == "ours") == mine] for mine in (True, False)]
+        found = {case: sides for case, sides in found.items() if all(sides)}
+        if found:
+            lines += ["", f"## {parameters} M parameters", ""]
+            lines += [
+                "| per step | CPU ms, ours | TRL | ratio | goal | wall ms, ours | TRL | ratio |",
+                "|---" * 8 + "|",
             ]
-            if not all(sides):
-                continue
-            row, goal = [case], TARGETS[case]
-            for time_ in ("cpu_ms", "wall_ms"):
-                ratios = [b[time_] / a[time_] for a, b in zip(*sides, strict=True)]
-                a, b = (middle(side, time_) for side in sides)
-                reached = "**" if goal and b / a >= goal and time_ == "cpu_ms" else ""
-                row += [f"{a:.0f}", f"{b:.0f}", f"{reached}{b / a:.2f}{reached} ({min(ratios):.2f}-{max(ratios):.2f})"]
-                row += [f"{goal:g}" if goal else "-"] if time_ == "cpu_ms" else []
-            rollouts, totals = ([middle(side, name) for side in sides] for name in ("rollout_cpu_ms", "cpu_ms"))
-            row += [f"{x:.0f}" for x in rollouts] if case != "dpo" else ["-", "-"]
-            row += [f"{b - a:.0f}" for a, b in zip(rollouts, totals, strict=True)]
-            lines.append(f"| {' | '.join(row)} |")
-            row = [case, *(f"{middle(side, 'tokens'):.0f}" for side in sides)]
-            row += [f"{middle(side, 'informative'):.2f}" if "informative" in side[0] else "-" for side in sides]
-            row += [f"{middle(side, 'peak_mb'):.0f}" for side in sides]
-            row += [f"{middle(side, 'first_step_s'):.1f}" for side in sides]
-            more.append(f"| {' | '.join(row)} |")
-        lines += more
+            lines += [f"| {case} | {' | '.join(times(case, *sides))} |" for case, sides in found.items()]
+            heads = [
+                "rollout CPU ms",
+                "update CPU ms",
+                "tokens per step",
+                "informative groups",
+                "peak MB",
+                "first step, s",
+            ]
+            lines += ["", f"| | {' | '.join(f'{head}, ours | TRL' for head in heads)} |", "|---" * 13 + "|"]
+            lines += [f"| {case} | {' | '.join(details(case, *sides))} |" for case, sides in found.items()]
     return "\n".join(lines) + "\n"
+
+
+def times(case: str, ours: list[dict], theirs: list[dict]) -> list[str]:
+    cells, goal = [], TARGETS[case]
+    for name in ("cpu_ms", "wall_ms"):
+        a, b = middle(ours, name), middle(theirs, name)
+        ratios = [y[name] / x[name] for x, y in zip(ours, theirs, strict=True)]
+        bold = "**" if name == "cpu_ms" and goal and b / a >= goal else ""
+        cells += [f"{a:.0f}", f"{b:.0f}", f"{bold}{b / a:.2f}{bold} ({min(ratios):.2f} to {max(ratios):.2f})"]
+        cells += [f"{goal:.2f}" if goal else ""] if name == "cpu_ms" else []
+    return cells
+
+
+def details(case: str, *sides: list[dict]) -> list[str]:
+    rollout, total = ([middle(side, name) for side in sides] for name in ("rollout_cpu_ms", "cpu_ms"))
+    cells = [f"{x:.0f}" if case != "dpo" else "" for x in rollout]
+    cells += [f"{y - x:.0f}" for x, y in zip(rollout, total, strict=True)]
+    for name, digits in (("tokens", 0), ("informative", 2), ("peak_mb", 0), ("first_step_s", 1)):
+        cells += [f"{middle(side, name):.{digits}f}" if name in side[0] else "" for side in sides]
+    return cells
 
 
 def middle(records: list[dict], name: str) -> float:
@@ -442,8 +450,8 @@ def main() -> None:
         pythons = make_environments(flags.envs, flags.ours_python)
         shown = "torch transformers accelerate".split()
         record = {
-            "command": " ".join(["python benchmarks/trl.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"),
-            "cpu": cpu_name(), "steps": flags.steps, "rounds": flags.rounds,
+            "command": f"python benchmarks/trl.py --steps {flags.steps} --rounds {flags.rounds}",
+            "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(), "steps": flags.steps, "rounds": flags.rounds,
             "versions": {
                 side: versions(python, ([] if side == "ours" else ["trl"]) + shown) for side, python in pythons.items()
             },

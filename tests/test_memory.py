@@ -1,11 +1,16 @@
-"""Log-probs of a vocabulary of 151,936: the same values and gradients as the plain way, without its memory."""
+"""Memory: log-probs of a vocabulary of 151,936, and gradient checkpointing, change no value and no gradient."""
 
 import json
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, make_sampler, read_jsonl, without_times
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import grpo
+from rollout import load_model, token_logprobs
 
 # Run in a process of its own, whose peak of resident memory is then that of one way of computing. The body of the model
 # is one embedding, so that nothing but the LM head has a size.
@@ -17,15 +22,18 @@ from types import SimpleNamespace
 
 way, tokens = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
-body, head = torch.nn.Embedding(64, 32), torch.nn.Linear(32, 151_936, bias=False)
-state = lambda input_ids, **_: SimpleNamespace(last_hidden_state=body(input_ids))
-model = SimpleNamespace(base_model=state, get_output_embeddings=lambda: head)
+class Body(torch.nn.Embedding):
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(last_hidden_state=super().forward(input_ids))
+
+body, head = Body(64, 32), torch.nn.Linear(32, 151_936, bias=False)
+model = SimpleNamespace(base_model=body, get_output_embeddings=lambda: head)
 ids = torch.randint(64, (8, 1 + tokens // 8))
 mask = torch.ones(8, tokens // 8, dtype=torch.bool)
 batch = Rollouts(ids, torch.ones_like(ids), mask, mask * 0.0, torch.arange(8), [""] * 8, ["stop"] * 8)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if way == "plain":
-    log_p = (head(body(ids[:, :-1])) / 0.7).log_softmax(-1)  # [B, T, V]
+    log_p = (head(body(ids[:, :-1]).last_hidden_state) / 0.7).log_softmax(-1)  # [B, T, V]
     logp = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)
@@ -54,3 +62,44 @@ def test_memory_does_not_grow_with_the_logits():
     assert plain["peak"] > 2.5 * logits
     assert ours["peak"] < 1.5 * logits, "some chunks of 128 MiB"
     assert longer["peak"] < ours["peak"] + 0.4 * logits, "plain would be 2 * 3 * logits more"
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_nothing_else(tmp_path, tiny):
+    config = LlamaConfig(
+        vocab_size=len(tiny[1]), hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2,
+        attention_dropout=0.5, eos_token_id=tiny[1].eos_token_id, pad_token_id=tiny[1].pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path), tiny[1].save_pretrained(tmp_path)
+    found = []
+    for checkpointing in (False, True):
+        policy, tokenizer = load_model(str(tmp_path), torch.device("cpu"), checkpointing)
+        sampler, kept = make_sampler(policy, tokenizer, max_new_tokens=24), 0
+        before = sampler.generate([[9, 10], [11]], n=4, temperature=1.0, seed=0)
+
+        def keep(x):
+            nonlocal kept
+            kept += x.numel() * x.element_size()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            logp, _ = token_logprobs(policy, before, 1.0)
+        logp.sum().backward()
+        assert torch.allclose(logp, before.sampler_logp, atol=1e-5), "no dropout"
+        sampler.push(policy)
+        after = sampler.generate([[9, 10], [11]], n=4, temperature=1.0, seed=0)
+        assert torch.equal(before.input_ids, after.input_ids), "and the sampler has its cache"
+        found.append((kept, logp.detach(), [p.grad for p in policy.parameters()]))
+    assert found[1][0] < found[0][0] / 3, "of six layers, only what goes into each"
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[0][2], found[1][2], strict=True))
+
+
+def test_gradient_checkpointing_gives_the_same_run(tmp_path):
+    flags = {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8, "steps": 3, "model": str(ROOT / "tiny")}
+    for checkpointing in (False, True):
+        out = str(tmp_path / str(checkpointing))
+        grpo.main(grpo.Config(out=out, gradient_checkpointing=checkpointing, epochs=2, **flags))
+    one, other = (without_times(read_jsonl(tmp_path / name / "metrics.jsonl")) for name in ("False", "True"))
+    for a, b in zip(one, other, strict=True):
+        known = [name for name in a if a[name] is not None]
+        assert [a[name] for name in known] == pytest.approx([b[name] for name in known], rel=1e-3, abs=1e-5)
