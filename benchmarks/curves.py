@@ -6,10 +6,11 @@
     python benchmarks/curves.py draw      docs/curves.png from these files, and their tables
 
 All flags but the learning rate are the scripts' own defaults. The best learning rate is the one with the highest
-held-out accuracy (eval_pass@1) after the last step, averaged over the seeds (of rates equal to two digits, the one
-with the higher mean over the evaluations); if it is at the edge of those tried, the sweep tries the next one too. Tuning and reporting use different seeds. Runs lie in runs/curves; one that is there
-already is not made again, so an interrupted command goes on. dpo.py sees no rollouts but pairs of answers of the first
-policy, so its steps are not those of the others.
+held-out accuracy (eval_pass@1) after the last step, averaged over the seeds; of rates equal to two digits, the one with
+the higher mean over the evaluations. If it is at the edge of those tried, the sweep tries the next one too. Tuning and
+reporting use different seeds. Runs lie in runs/curves; one that is there already is not made again, so an interrupted
+command goes on. dpo.py sees no rollouts but pairs of answers of the first policy, so its steps are not those of the
+others.
 """
 
 import csv

@@ -405,8 +405,8 @@ def memory_gb(
     The update has weights, Adam, gradients and the reference model, if beta; then either activations, the bf16 copies
     that autocast makes of all matrices, a chunk of logits with 16 bytes each, and two bf16 gradients of the LM head;
     or, when those are gone, what AdamW takes for a moment. The rollout has weights, Adam, the reference and either half
-    of the GPU, which vLLM takes (rollout.py) and gives back to sleep, or copies, logits, keys in float32 and values in
-    bf16. CUDA itself takes 1 GB, with vLLM's graphs 3. But for the first three, these are estimates.
+    of the GPU, which vLLM takes (rollout.py) and gives back to sleep, or copies, logits, and a cache in float32. CUDA
+    itself takes 1 GB, with vLLM's graphs 3. But for weights, Adam and gradients these are estimates.
     """
     (_, kv, layer), layers, head = widths(c), c.num_hidden_layers, c.vocab_size * c.hidden_size
     with torch.device("meta"):
@@ -414,7 +414,7 @@ def memory_gb(
     kept = BYTES["weights"] + BYTES["adam"] + (BYTES["reference"] if beta else 0)
     always = kept * parameters + (3 if sampler == "vllm" else 1) * GB
     copies = BYTES["bf16 copies"] * (layers * layer + head)
-    sampling = copies + rows * (row_tokens * layers * kv * 6 + c.vocab_size * 16)
+    sampling = copies + rows * (row_tokens * layers * kv * 8 + c.vocab_size * 16)
     backward = copies + microbatch * activation_bytes(c, checkpointing) + 16 * rollout.LOGITS_AT_ONCE + 4 * head
     needs = {"rollout": always + (gpu_gb * GB / 2 if sampler == "vllm" else sampling)}
     needs["update"] = always + BYTES["gradients"] * parameters + max(backward, BYTES["in AdamW's step"] * parameters)
