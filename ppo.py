@@ -39,7 +39,7 @@ from transformers import AutoModelForTokenClassification
 
 from data import draw, load_prompts
 from rewards import parse_weights, score, total
-from rollout import batch_logprobs, check_sampler, forward, load_model, make_sampler, token_logprobs
+from rollout import batch_logprobs, check_sampler, load_model, make_sampler, token_logprobs
 from run import Run, parse, sum_gradients
 
 
@@ -96,7 +96,9 @@ def load_value(path: str, device: torch.device):
 
 def token_values(value, batch) -> torch.Tensor:
     """V_t of the response tokens, with gradient: [B, T] float32, 0 off the mask."""
-    values = forward(value, batch).logits.squeeze(-1).float()  # [B, L + T] one number per token
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L + T] left padding does not count
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": positions}
+    values = value(**inputs, use_cache=False).logits.squeeze(-1).float()  # [B, L + T] one number per token
     return values[:, -batch.response_mask.shape[1] - 1 : -1] * batch.response_mask  # [B, T] V_t comes before token t
 
 

@@ -202,8 +202,8 @@ class HFSampler:
     """Samples from the policy itself. The prompt of a group is computed once; finished responses leave the batch."""
 
     def __init__(self, config, policy, tokenizer, ends: set[int], stop: list[str], autocast):
-        self.policy, self.tokenizer, self.ends, self.stop, self.autocast = policy, tokenizer, ends, stop, autocast
-        self.max_new_tokens, self.device = config.max_new_tokens, policy.device
+        self.policy, self.tokenizer, self.ends, self.stop, self.device = policy, tokenizer, ends, stop, policy.device
+        self.max_new_tokens, self.generate = config.max_new_tokens, autocast()(self.generate)  # weights are cast once
 
     def push(self, policy) -> None:
         """It samples from the very weights that are trained."""
@@ -222,8 +222,8 @@ class HFSampler:
         responses, logps, finish_reasons = [[] for _ in alive], [[] for _ in alive], ["length" for _ in alive]
         for t in range(self.max_new_tokens):
             inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "logits_to_keep": 1}
-            with self.autocast():  # without padding attention needs no mask, and is faster
-                logits = self.policy(attention_mask=None if mask.all() else mask, **inputs).logits[:, -1]  # [b, V]
+            inputs["attention_mask"] = None if mask.all() else mask  # without padding it needs none, and is faster
+            logits = self.policy(**inputs).logits[:, -1]  # [b, V]
             if t == 0:  # the prompt of a group was computed once; from here on its n responses part
                 logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions[:, -1:]))
                 cache.batch_repeat_interleave(n)

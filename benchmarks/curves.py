@@ -43,6 +43,15 @@ COMMANDS = {  # name -> what is run
 RATES = [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3]  # those that a sweep may come to
 FIRST = slice(1, 4)  # those it begins with
 SWEEP_SEEDS, SEEDS = [100, 101], [0, 1, 2, 3, 4]
+PASSES = {  # name -> models in memory, forward and backward passes over a rollout; counted by tests/test_siblings.py
+    "grpo": (2, 2, 1),
+    "dr_grpo": (2, 2, 1),
+    "rloo": (2, 3, 1),
+    "kimi_k15": (1, 3, 2),
+    "ppo": (3, 5, 2),
+    "ppo, 4 updates per rollout": (3, 7, 4),
+    "dpo": (2, 2, 1),
+}
 METRICS = """eval_pass@1 reward accuracy response_length_right response_length_wrong entropy
 seconds seconds_rollout seconds_update""".split()
 PROCESSES = int(os.environ.get("PROCESSES", 1))  # runs at a time; more than one blurs the seconds, and only those
@@ -136,25 +145,27 @@ def costs() -> None:
     large = RUNS / "random-model"  # weights of no use: memory does not look at them
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12,
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.save_pretrained(large), tokenizer.save_pretrained(large)
+    pairs = [{"prompt": f"{i}+{i}=", "chosen": "1+1=2," * 10, "rejected": "1+1=3," * 10} for i in range(100)]
+    (large / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     rows = []
     for name, command in COMMANDS.items():
         small = measure(name, [*command, "--steps", "12"])
-        sizes = ["--pairs-per-step", "64"] if name == "dpo" else []
-        big = measure(name, [*command, *sizes, "--steps", "2", "--model", large])
-        rows.append((name, f"{small[0]:.3f}", f"{small[1]:.0f}", f"{big[0]:.2f}", f"{big[1]:.0f}"))
-    header = "script", "seconds_tiny", "peak_mb_tiny", f"seconds_{model.num_parameters() / 1e6:.0f}m", "peak_mb_large"
-    write("costs.csv", header, rows)
+        sizes = ["--data", large / "pairs.jsonl"] if name == "dpo" else ["--prompts-per-step", "8"]
+        big = measure(name, [*command, *sizes, "--steps", "3", "--model", large])
+        rows.append((name, f"{small[0]:.2f}", f"{small[1]:.0f}", f"{big[0]:.1f}", f"{big[1]:.0f}"))
+    write("costs.csv", ("script", "seconds", "peak_mb", "seconds_large", "peak_mb_large"), rows)
 
 
 def measure(name: str, command: list) -> tuple[float, float]:
     """Median seconds of a step after the first two, and peak resident memory of the process in MB."""
     folder = RUNS / "costs"
-    flags = ["--eval-prompts", "8", "--eval-every", "0", "--save-every", "0", "--out", folder]
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = ["--eval-prompts", "4", "--eval-every", "0", "--save-every", "0", "--out", folder]
     process = subprocess.Popen(
         [sys.executable, *map(str, command + flags)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -163,7 +174,6 @@ def measure(name: str, command: list) -> tuple[float, float]:
     if status:
         raise SystemExit(f"{name} failed")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    shutil.rmtree(folder)
     return statistics.median(record["seconds"] for record in records[2:]), usage.ru_maxrss / 1024
 
 
@@ -237,20 +247,34 @@ def draw() -> None:
         fontsize=15, frameon=False,
     )  # fmt: skip
     page.savefig(ROOT / "docs" / "curves.png", dpi=75)
+    print(tables())
 
+
+def tables() -> str:
+    """The tables of the README, from the CSV files."""
     tried, found = sorted({float(row["lr"]) for row in read("sweep.csv")}), {}
     for row in read("sweep.csv"):
         found.setdefault((row["script"], float(row["lr"])), []).append(float(row["final"]))
-    print("| script | " + " | ".join(f"{lr:g}" for lr in tried) + " |\n|---" * (len(tried) + 1) + "|")
+    lines = [table_row("", *(f"{lr:g}" for lr in tried)), "|---" * (len(tried) + 1) + "|"]
     for name in COMMANDS:
         cells = [f"{np.mean(found[name, lr]):.2f}" if (name, lr) in found else "" for lr in tried]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n| script | lr | after 20 | 40 | 60 | 80 | seconds |\n|---|---|---|---|---|---|---|")
+        lines.append(table_row(name, *cells))
+    lines += ["", table_row("", "lr", *(f"after {step}" for step in (20, 40, 60, 80))), "|---" * 6 + "|"]
     for name in COMMANDS:
-        steps, y = curve(rows, name, "eval_pass@1")
-        cells = [f"{y[:, i].mean():.2f} ± {y[:, i].std(ddof=1):.2f}" for i, step in enumerate(steps) if step > 0]
-        seconds = curve(rows, name, "seconds")[1].sum(1)
-        print(f"| {name} | {best_rate(name):g} | {' | '.join(cells)} | {seconds.mean():.0f} |")
+        _, y = curve(read("curves.csv"), name, "eval_pass@1")  # [seeds, 5], the first before training
+        cells = [f"{x.mean():.2f} ± {x.std(ddof=1):.2f}" for x in y.T[1:]]
+        lines.append(table_row(name, f"{best_rate(name):g}", *cells))
+    header = "models", "forward passes", "backward passes", "seconds per step", "MB at the peak", "MB, 34 M parameters"
+    lines += ["", table_row("", *header), "|---" * 7 + "|"]
+    for row in read("costs.csv"):
+        script, *flags = COMMANDS[row["script"]]
+        seconds, memory = row["seconds"], (row["peak_mb"], row["peak_mb_large"])
+        lines.append(table_row(" ".join([f"`{script}`", *flags]), *PASSES[row["script"]], seconds, *memory))
+    return "\n".join(lines)
+
+
+def table_row(*cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

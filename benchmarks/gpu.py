@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -124,7 +125,7 @@ def script_config(config: Config, folder: str) -> grpo.Config:
 def load(config: Config, folder: str, sampler: str):
     """(flags, accelerator, policy, sampler, prompts) as grpo.py has them."""
     if sampler == "vllm" and rollout.check_sampler(config.sampler) != "vllm":
-        raise SystemExit("not measured: vLLM is not in use (--sampler hf, or auto without a GPU or without vLLM)")
+        raise SystemExit("vLLM is not in use (--sampler hf, or auto without a GPU or without vLLM)")
     script = replace(script_config(config, folder), sampler=sampler)
     accelerator = Accelerator(cpu=not CUDA, mixed_precision="bf16" if CUDA else "no")
     policy, tokenizer = rollout.load_model(script.model, accelerator.device, script.gradient_checkpointing)
@@ -409,8 +410,7 @@ def memory_gb(
     itself takes 1 GB, with vLLM's graphs 3. But for weights, Adam and gradients these are estimates.
     """
     (_, kv, layer), layers, head = widths(c), c.num_hidden_layers, c.vocab_size * c.hidden_size
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(c).num_parameters()
+    parameters = layers * layer + head * (1 if c.tie_word_embeddings else 2)  # norms and biases are a thousandth
     kept = BYTES["weights"] + BYTES["adam"] + (BYTES["reference"] if beta else 0)
     always = kept * parameters + (3 if sampler == "vllm" else 1) * GB
     copies = BYTES["bf16 copies"] * (layers * layer + head)
@@ -446,6 +446,7 @@ def attempt(part, config: Config, folder: str) -> dict:
     try:
         return part(config, folder)
     except (Exception, SystemExit) as error:
+        traceback.print_exc()
         kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
         return {"failed": kind + (str(error).strip() or "no reason given").splitlines()[0][:300]}
 
@@ -505,7 +506,8 @@ def report(results: dict) -> str:
             details += [f"estimated {x:.3g} GB" for name, x in found["estimate"].items() if cuda and name == phase]
             what = f"peak memory of the {'GPU' if cuda else 'process'}: {phase}"
             row(what, peak["total"], ", ".join(["GB", *details]))
-    rows += [(name, results[name]["failed"], "", "failed") for name in PARTS if "failed" in results.get(name, {})]
+    failed = {name: results[name]["failed"] for name in PARTS if "failed" in results.get(name, {})}
+    rows += [(name, f"not measured: {reason}", "", "") for name, reason in failed.items()]
     shown = [f"{name} {x}" for name, x in results.get("machine", {}).items() if name not in ("cuda", "matrix_flops")]
     lines = [f"`{results['command']}`", "", ", ".join([results["date"], *shown]), "", "| | measured | target | |"]
     return "\n".join([*lines, "|---" * 4 + "|", *(f"| {' | '.join(cells)} |" for cells in rows), ""])

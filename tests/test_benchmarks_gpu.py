@@ -26,7 +26,7 @@ FLAGS = "--size toy --prompts 2 --group-size 2 --prompt-tokens 16 --response-tok
 def run(*flags) -> subprocess.CompletedProcess:
     """Run the command as a user does."""
     command = [sys.executable, "benchmarks/gpu.py", *FLAGS, *map(str, flags)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
@@ -225,7 +225,7 @@ def test_the_table_of_sizes_and_gpus():
     for row in fits.values():
         assert row == sorted(row, key=lambda cell: cell == "fits"), "what fits in a GPU fits in a larger one"
     more, less = (gpu.memory_gb(gpu.model_config("0.5b"), beta, "hf") for beta in (0.04, 0.0))
-    assert more["update"] - less["update"] == pytest.approx(4 * 494_032_768 / gpu.GB)
+    assert more["update"] - less["update"] == pytest.approx(4 * 494_032_768 / gpu.GB, rel=1e-3)
     vllm = gpu.memory_gb(gpu.model_config("0.5b"), 0.0, "vllm", gpu_gb=80)
     assert 40 < vllm["rollout"] < 50 and vllm["update"] == pytest.approx(less["update"] + 2)
 

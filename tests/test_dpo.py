@@ -245,6 +245,15 @@ def test_conversations_and_system_prompts(tmp_path, tiny, capsys):
         data.read_preferences(write(tmp_path / "a.jsonl", pair(1, chosen=["x"])))
 
 
+def test_pairs_from_the_hub(monkeypatch, tiny):
+    import datasets
+
+    splits = {"train": [pair(1), pair(2)], "test": [pair(2), pair(3)]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits if name == "some/pairs" else {})
+    train, test = data.load_pairs(dpo.Config(data=("some/pairs",)), tiny[1])
+    assert [p["prompt"] for p in train] == ["p1"] and [p["prompt"] for p in test] == ["p2", "p3"]
+
+
 @pytest.mark.parametrize(
     ("pairs", "words"),
     [
@@ -274,7 +283,7 @@ def test_any_microbatch_size_gives_the_same_run(tmp_path, objective):
 @pytest.mark.parametrize(("objective", "models"), [("dpo", 2), ("dpo_norm", 2), ("simpo", 1)])
 def test_simpo_loads_no_reference_model(tmp_path, monkeypatch, objective, models):
     loaded, load = [], dpo.load_model
-    monkeypatch.setattr(dpo, "load_model", lambda path, device: loaded.append(path) or load(path, device))
+    monkeypatch.setattr(dpo, "load_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
     run(tmp_path, "run", objective=objective, steps=1)
     assert len(loaded) == models
 

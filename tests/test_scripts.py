@@ -140,9 +140,9 @@ def test_a_batch_without_an_informative_group_changes_no_weight(tmp_path):
 def test_without_kl_no_reference_model_is_loaded(tmp_path, monkeypatch, beta, models):
     loaded = []
 
-    def load(path, device):
+    def load(path, device, *flags):
         loaded.append(path)
-        return load_model(path, device)
+        return load_model(path, device, *flags)
 
     monkeypatch.setattr(grpo, "load_model", load)
     metrics_of(tmp_path, "run", beta=beta)

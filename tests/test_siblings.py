@@ -360,8 +360,8 @@ def test_models_and_passes_are_those_of_the_table_in_the_readme(tmp_path, monkey
 
     load_model, load_value = module.load_model, getattr(module, "load_value", None)
 
-    def load(path, device):
-        model, tokenizer = load_model(path, device)
+    def load(path, device, *flags):
+        model, tokenizer = load_model(path, device, *flags)
         return watch(next(roles), model), tokenizer
 
     monkeypatch.setattr(module, "load_model", load)

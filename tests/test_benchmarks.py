@@ -1,0 +1,71 @@
+"""benchmarks/curves.py: how a learning rate is chosen, and that the README says what was measured."""
+
+import csv
+import importlib.util
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def curves():
+    spec = importlib.util.spec_from_file_location("curves", ROOT / "benchmarks" / "curves.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_the_readme_are_those_of_the_measurements(curves):
+    text = (ROOT / "README.md").read_text()
+    missing = [line for line in curves.tables().splitlines() if line and line not in text]
+    assert not missing, "python benchmarks/curves.py draw"
+
+
+def test_all_seeds_of_all_scripts_are_there(curves):
+    with open(ROOT / "benchmarks" / "curves.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name in curves.COMMANDS:
+        found = [row for row in rows if row["script"] == name]
+        assert {int(row["seed"]) for row in found} == set(curves.SEEDS) and not set(curves.SEEDS) & set(
+            curves.SWEEP_SEEDS
+        )
+        assert {float(row["lr"]) for row in found} == {curves.best_rate(name)}
+        assert len(found) == 5 * 81
+        if name != "dpo":
+            lengths = [float(row["response_length_right"]) for row in found if row["response_length_right"]]
+            assert 5 < np.mean(lengths) < 64
+
+
+def test_a_sweep_ends_when_the_best_rate_has_worse_neighbours(curves, monkeypatch, tmp_path):
+    monkeypatch.setattr(curves, "HERE", tmp_path)
+    best, tried = {name: i for i, name in enumerate(curves.COMMANDS)}, set()
+
+    def run(name, lr, seed):
+        tried.add((name, lr))
+        quality = 1 - abs(curves.RATES.index(lr) - best[name]) / 10
+        return [{"step": 0, "eval_pass@1": 0.2}, {"step": 20, "eval_pass@1": 0.3}, {"step": 80, "eval_pass@1": quality}]
+
+    monkeypatch.setattr(curves, "run", run)
+    curves.sweep()
+    for name, i in best.items():
+        assert curves.best_rate(name) == curves.RATES[i]
+        assert {(name, lr) for lr in curves.RATES[max(0, i - 1) : i + 2]} <= tried
+
+
+def test_of_equal_final_accuracies_the_faster_one_is_best(curves, monkeypatch, tmp_path):
+    monkeypatch.setattr(curves, "HERE", tmp_path)
+    rows = [
+        ("grpo", lr, 100, final, mean)
+        for lr, final, mean in ((1e-4, 0.941, 0.8), (2e-4, 0.938, 0.9), (4e-4, 0.8, 0.95))
+    ]
+    curves.write("sweep.csv", ("script", "lr", "seed", "final", "mean"), rows)
+    assert curves.best_rate("grpo") == 2e-4
+
+
+def test_an_interrupted_run_is_not_taken_for_a_finished_one(curves, tmp_path):
+    (tmp_path / "config.json").write_text('{"steps": 2}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    assert curves.finished(tmp_path) == [] and curves.finished(tmp_path / "nothing") == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
+    assert len(curves.finished(tmp_path)) == 2
