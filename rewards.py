@@ -141,10 +141,8 @@ class RewardModel:
             raise SystemExit(f"reward model {path}: cannot be loaded: {str(error).splitlines()[0]}") from None
         if info["missing_keys"] or info["mismatched_keys"]:
             raise SystemExit(f"reward model {path}: no reward model; it needs a score head with one label")
-        self.model, self.inference = (
-            model.to("cuda" if torch.cuda.is_available() else "cpu").eval(),
-            torch.inference_mode,
-        )
+        self.device, self.no_grad = "cuda" if torch.cuda.is_available() else "cpu", torch.no_grad
+        self.model = model.to(self.device).eval()
 
     def __call__(self, response: str, example: dict) -> float:
         if self.tokenizer.chat_template:
