@@ -1,4 +1,4 @@
-"""Data: the tasks, their prompts, which prompts a training step sees, and demonstrations for fine-tuning.
+"""Data: the tasks, their prompts, which prompts a step sees, batches of responses, demonstrations for fine-tuning.
 
 An example is a dict:
     question   the question, as text
@@ -13,8 +13,11 @@ import json
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # Every split comes from this constant and never from the seed of a run:
 # two runs with different seeds must be scored on the same held-out questions, and train on none of them.
@@ -227,14 +230,14 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
 def pick_fields(row: dict, fields: tuple[str, ...], where: str) -> dict:
     """The named fields of a row as non-empty text, under any column name that COLUMNS accepts. Numbers become text."""
     picked = {}
-    for field in fields:
-        column = next((column for column in COLUMNS[field] if column in row), None)
+    for name in fields:
+        column = next((column for column in COLUMNS[name] if column in row), None)
         if column is None:
-            raise SystemExit(f'{where}: no "{field}"; accepted names: {", ".join(COLUMNS[field])}')
+            raise SystemExit(f'{where}: no "{name}"; accepted names: {", ".join(COLUMNS[name])}')
         value = str(row[column]) if type(row[column]) in (int, float) else row[column]
         if not isinstance(value, str) or not value.strip():
             raise SystemExit(f'{where}: "{column}" must be non-empty text or a number, not {value!r:.40}')
-        picked[field] = value
+        picked[name] = value
     return picked
 
 
@@ -491,6 +494,89 @@ def draw(examples: list[dict], n: int, seed: int, step: int) -> list[dict]:
     order = list(range(size))
     random.Random(f"draw {seed} {renewals}").shuffle(order)
     return [examples[order[(steps_done * n + i) % size]] for i in range(n)]
+
+
+# --- batches of responses ---
+
+
+@dataclass
+class Rollouts:
+    """B responses to P prompts, G to each, in prompt order: rows 0..G-1 answer prompt 0, the next G prompt 1, ...
+
+    Prompts are padded on the left and responses on the right, so every response begins in the same column L.
+    T is the longest response. The end token belongs to its response, also where it doubles as the padding token.
+    """
+
+    input_ids: torch.Tensor  # [B, L + T] prompt and response tokens
+    attention_mask: torch.Tensor  # [B, L + T] 1 on real tokens, 0 on padding
+    response_mask: torch.Tensor  # [B, T] True on response tokens, the end token included
+    sampler_logp: torch.Tensor  # [B, T] log-probs under the distribution that was sampled; 0 off the mask
+    prompt_index: torch.Tensor  # [B] which prompt a row answers
+    texts: list[str]  # B responses, decoded without special tokens
+    finish_reasons: list[str]  # B times "stop" (end token or stop string) or "length" (cut by the limit)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # "row" [B]; what objectives add, [B] or [B, T]
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        assert len(tensor) == len(self.texts), f"{name} has {len(tensor)} rows, the batch {len(self.texts)}"
+        self.tensors[name] = tensor
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[B] response lengths |o_i| in tokens."""
+        return self.response_mask.sum(1)
+
+    def select(self, rows: torch.Tensor) -> "Rollouts":
+        """The given rows, in that order, without the padding that only the other rows needed."""
+        prompt_width = self.input_ids.shape[1] - self.response_mask.shape[1]
+        left = prompt_width - int(self.attention_mask[rows, :prompt_width].sum(1).max())
+        t = int(self.lengths[rows].max())
+        ids, mask = (x[rows, left : prompt_width + t] for x in (self.input_ids, self.attention_mask))
+        texts, reasons = ([x[i] for i in rows.tolist()] for x in (self.texts, self.finish_reasons))
+        tensors = {name: x[rows, :t] if x.dim() == 2 else x[rows] for name, x in self.tensors.items()}
+        response_mask, sampler_logp = self.response_mask[rows, :t], self.sampler_logp[rows, :t]
+        return Rollouts(ids, mask, response_mask, sampler_logp, self.prompt_index[rows], texts, reasons, tensors)
+
+    def minibatch_rows(self, count: int, seed: int) -> list[torch.Tensor]:
+        """`count` near-equal random parts of the batch, as row numbers."""
+        order = torch.randperm(len(self.texts), generator=torch.Generator().manual_seed(seed))
+        return [part.sort().values.to(self.input_ids.device) for part in order.tensor_split(count)]
+
+    def microbatches(self, rows: torch.Tensor, budget: int, together: int = 1):
+        """The rows in parts alike in length, of at most `budget` tokens with padding; `together`: 2 parts no pair."""
+        rows, part, left, right = rows.view(-1, together), [], 0, 0  # [R, together]
+        sizes = torch.stack([self.attention_mask.sum(1) - self.lengths, self.lengths])  # [2, B]
+        prompts, lengths = sizes[:, rows].amax(2).tolist()  # [R] each
+        for length, i in sorted(((length, i) for i, length in enumerate(lengths)), reverse=True):
+            left, right = max(left, prompts[i]), max(right, length)
+            if part and (len(part) + 1) * together * (left + right) > budget:
+                yield self.select(rows[sorted(part)].flatten())  # neighbours share their prompt
+                part, left, right = [], prompts[i], length
+            part.append(i)
+        if part:
+            yield self.select(rows[sorted(part)].flatten())
+
+
+def left_pad(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, [P, L] each."""
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, pad, "left")
+    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], True, 0, "left")
+    return ids.to(device), mask.to(device)
+
+
+def collate(prompts, responses, logps, reasons, tokenizer, device) -> Rollouts:
+    """Rollouts from lists of token ids: P prompts, and B = P * G responses in prompt order with their log-probs."""
+    group_size, pad, width = len(responses) // len(prompts), tokenizer.pad_token_id, max(map(len, responses))
+    index = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [B]
+    ids, attention = (x[index] for x in left_pad(prompts, pad, device))  # [B, L] each
+    response_ids = torch.tensor([r + [pad] * (width - len(r)) for r in responses], device=device)  # [B, T]
+    logp = torch.tensor([x + [0.0] * (width - len(x)) for x in logps], device=device)  # [B, T]
+    mask = torch.tensor([[t < len(r) for t in range(width)] for r in responses], device=device)  # [B, T] pad may be eos
+    ids, attention = torch.cat([ids, response_ids], 1), torch.cat([attention, mask.long()], 1)  # [B, L + T]
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return Rollouts(ids, attention, mask, logp, index, texts, reasons, {"row": torch.arange(len(ids), device=device)})
 
 
 # --- demonstrations ---

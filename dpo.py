@@ -42,8 +42,8 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import logsigmoid
 
-from data import RESPONSES, draw, load_pairs, load_prompts, sample_pairs
-from rollout import batch_logprobs, check_sampler, collate, load_model, make_sampler, token_logprobs
+from data import RESPONSES, collate, draw, load_pairs, load_prompts, sample_pairs
+from rollout import batch_logprobs, check_sampler, load_model, make_sampler, token_logprobs
 from run import Run, parse, sum_gradients
 
 
@@ -165,7 +165,7 @@ def main(config: Config) -> None:
     policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
     reference = load_model(config.model, accelerator.device)[0] if config.objective != "simpo" else None
     parameters = list(policy.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     state = {"policy": policy, "optimizer": optimizer}  # all that a run needs to go on later
     test, sampler = [], None
     if config.data:

@@ -146,7 +146,7 @@ def main(config: Config) -> None:
 
     policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
     parameters = list(policy.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     state = {"policy": policy, "optimizer": optimizer}  # all that a run needs to go on later
     state["draw"] = draw = ChoosingDraw(config.curriculum, config.prioritised)  # knows the success rates
     train, test = load_prompts(config, tokenizer)

@@ -39,7 +39,7 @@ from transformers import AutoModelForTokenClassification
 
 from data import draw, load_prompts
 from rewards import parse_weights, score, total
-from rollout import batch_logprobs, check_sampler, load_model, make_sampler, token_logprobs
+from rollout import batch_logprobs, check_sampler, load_model, make_sampler, response_states, token_logprobs
 from run import Run, parse, sum_gradients
 
 
@@ -96,10 +96,8 @@ def load_value(path: str, device: torch.device):
 
 def token_values(value, batch) -> torch.Tensor:
     """V_t of the response tokens, with gradient: [B, T] float32, 0 off the mask."""
-    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L + T] left padding does not count
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": positions}
-    values = value(**inputs, use_cache=False).logits.squeeze(-1).float()  # [B, L + T] one number per token
-    return values[:, -batch.response_mask.shape[1] - 1 : -1] * batch.response_mask  # [B, T] V_t comes before token t
+    V = value.score(response_states(value.base_model, batch)).squeeze(-1).float()  # [N] V_t comes before token t
+    return torch.zeros(batch.response_mask.shape, device=V.device).masked_scatter(batch.response_mask, V)  # [B, T]
 
 
 def token_rewards(rewards, kl, mask, beta) -> torch.Tensor:
@@ -183,7 +181,7 @@ def main(config: Config) -> None:
     policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
     reference = load_model(config.model, accelerator.device)[0] if config.beta else None
     parameters = list(policy.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     value = load_value(config.value_model or config.model, accelerator.device)
     value_parameters = list(value.parameters())
     optimizer.add_param_group({"params": value_parameters, "lr": config.value_lr})

@@ -116,7 +116,7 @@ def main(config: Config) -> None:
     policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
     reference = load_model(config.model, accelerator.device)[0] if config.beta else None
     parameters = list(policy.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     state = {"policy": policy, "optimizer": optimizer}  # all that a run needs to go on later
     train, test = load_prompts(config, tokenizer)
     sampler = make_sampler(config, policy, tokenizer, accelerator)

@@ -1,4 +1,4 @@
-"""Rollouts: a batch of sampled responses, the log-probs of a model on it, and the two samplers that make it.
+"""Rollouts: the two samplers that write responses, and the log-probs of a model on a batch of them (see data.py).
 
 Training uses exactly the token ids that were sampled: their text, tokenised again, need not give the same ones.
 """
@@ -6,100 +6,23 @@ Training uses exactly the token ids that were sampled: their text, tokenised aga
 import importlib.util
 import os
 import random
-from dataclasses import dataclass, field
+from contextlib import suppress
 from functools import partial
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
-from data import resolve_template, stop_strings
+from data import Rollouts, collate, left_pad, resolve_template, stop_strings
 
 logging.disable_progress_bar()  # ours shows the training
 logging.set_verbosity_error()  # a value network has a new head: no report about that
 LOGITS_AT_ONCE = 2**25  # logits that stand in memory together: 128 MiB in float32, whatever B, T and the vocabulary
-
-
-@dataclass
-class Rollouts:
-    """B responses to P prompts, G to each, in prompt order: rows 0..G-1 answer prompt 0, the next G prompt 1, ...
-
-    Prompts are padded on the left and responses on the right, so every response begins in the same column L.
-    T is the longest response. The end token belongs to its response, also where it doubles as the padding token.
-    """
-
-    input_ids: torch.Tensor  # [B, L + T] prompt and response tokens
-    attention_mask: torch.Tensor  # [B, L + T] 1 on real tokens, 0 on padding
-    response_mask: torch.Tensor  # [B, T] True on response tokens, the end token included
-    sampler_logp: torch.Tensor  # [B, T] log-probs under the distribution that was sampled; 0 off the mask
-    prompt_index: torch.Tensor  # [B] which prompt a row answers
-    texts: list[str]  # B responses, decoded without special tokens
-    finish_reasons: list[str]  # B times "stop" (end token or stop string) or "length" (cut by the limit)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # "row" [B]; what objectives add, [B] or [B, T]
-
-    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
-        assert len(tensor) == len(self.texts), f"{name} has {len(tensor)} rows, the batch {len(self.texts)}"
-        self.tensors[name] = tensor
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-    @property
-    def lengths(self) -> torch.Tensor:
-        """[B] response lengths |o_i| in tokens."""
-        return self.response_mask.sum(1)
-
-    def select(self, rows: torch.Tensor) -> "Rollouts":
-        """The given rows, in that order, without the padding that only the other rows needed."""
-        prompt_width = self.input_ids.shape[1] - self.response_mask.shape[1]
-        left = prompt_width - int(self.attention_mask[rows, :prompt_width].sum(1).max())
-        t = int(self.lengths[rows].max())
-        ids, mask = (x[rows, left : prompt_width + t] for x in (self.input_ids, self.attention_mask))
-        texts, reasons = ([x[i] for i in rows.tolist()] for x in (self.texts, self.finish_reasons))
-        tensors = {name: x[rows, :t] if x.dim() == 2 else x[rows] for name, x in self.tensors.items()}
-        response_mask, sampler_logp = self.response_mask[rows, :t], self.sampler_logp[rows, :t]
-        return Rollouts(ids, mask, response_mask, sampler_logp, self.prompt_index[rows], texts, reasons, tensors)
-
-    def minibatch_rows(self, count: int, seed: int) -> list[torch.Tensor]:
-        """`count` near-equal random parts of the batch, as row numbers."""
-        order = torch.randperm(len(self.texts), generator=torch.Generator().manual_seed(seed))
-        return [part.sort().values.to(self.input_ids.device) for part in order.tensor_split(count)]
-
-    def microbatches(self, rows: torch.Tensor, budget: int, together: int = 1):
-        """The rows in parts alike in length, of at most `budget` tokens with padding; `together`: 2 parts no pair."""
-        rows, part, left, right = rows.view(-1, together), [], 0, 0  # [R, together]
-        sizes = torch.stack([self.attention_mask.sum(1) - self.lengths, self.lengths])  # [2, B]
-        prompts, lengths = sizes[:, rows].amax(2).tolist()  # [R] each
-        for length, i in sorted(((length, i) for i, length in enumerate(lengths)), reverse=True):
-            left, right = max(left, prompts[i]), max(right, length)
-            if part and (len(part) + 1) * together * (left + right) > budget:
-                yield self.select(rows[part].flatten())
-                part, left, right = [], prompts[i], length
-            part.append(i)
-        if part:
-            yield self.select(rows[part].flatten())
-
-
-def left_pad(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, [P, L] each."""
-    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True, pad, "left")
-    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], True, 0, "left")
-    return ids.to(device), mask.to(device)
-
-
-def collate(prompts, responses, logps, reasons, tokenizer, device) -> Rollouts:
-    """Rollouts from lists of token ids: P prompts, and B = P * G responses in prompt order with their log-probs."""
-    group_size, pad, width = len(responses) // len(prompts), tokenizer.pad_token_id, max(map(len, responses))
-    index = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [B]
-    ids, attention = (x[index] for x in left_pad(prompts, pad, device))  # [B, L] each
-    response_ids = torch.tensor([r + [pad] * (width - len(r)) for r in responses], device=device)  # [B, T]
-    logp = torch.tensor([x + [0.0] * (width - len(x)) for x in logps], device=device)  # [B, T]
-    mask = torch.tensor([[t < len(r) for t in range(width)] for r in responses], device=device)  # [B, T] pad may be eos
-    ids, attention = torch.cat([ids, response_ids], 1), torch.cat([attention, mask.long()], 1)  # [B, L + T]
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return Rollouts(ids, attention, mask, logp, index, texts, reasons, {"row": torch.arange(len(ids), device=device)})
 
 
 # --- the model and its log-probs ---
@@ -124,12 +47,72 @@ def load_model(path: str, device: torch.device, gradient_checkpointing: bool = F
     return model, tokenizer
 
 
-def forward(model, batch: Rollouts):
-    """The output of a model, or of its body, on a batch; its checkpointed layers compute again in the backward pass."""
+def attention(module, query, key, value, attention_mask, packing=None, **kwargs):
+    """Transformers' attention; packed tokens [1, heads, N, d] become a row for each response, and are packed again."""
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rows, back = packing  # [B, W] places in the pack; [N] places in the rows
+    flat = (x[0].transpose(0, 1).index_select(0, rows.flatten()) for x in (query, key, value))  # [B * W, heads, d] each
+    q, k, v = (x.unflatten(0, rows.shape).transpose(1, 2) for x in flat)  # [B, heads, W, d]
+    out, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs | {"is_causal": True})  # [B, W, heads, d]
+    return out.flatten(0, 1).index_select(0, back)[None], None
+
+
+AttentionInterface.register("sdpa", attention)  # what models have unless told otherwise
+
+
+def packed_states(model, batch: Rollouts) -> torch.Tensor:
+    """response_states without computing on padding: all tokens stand in one row, a prompt once for all its neighbours.
+
+    Only attention sees rows, one for each response. They begin with the prompt, so the causal mask hides their padding.
+    """
+    L, device = batch.input_ids.shape[1] - batch.response_mask.shape[1], batch.input_ids.device
+    pack, rows, states, previous = [], [], [], None
+
+    def put(tokens: list[int], row: int, start: int) -> list[int]:
+        pack.extend((token, row, start + t) for t, token in enumerate(tokens))
+        return list(range(len(pack) - len(tokens), len(pack)))  # their places in the pack
+
+    lists = (batch.prompt_index, batch.input_ids, batch.attention_mask[:, :L].sum(1), batch.lengths)
+    for i, (index, ids, prompt, length) in enumerate(zip(*(x.tolist() for x in lists), strict=True)):
+        if index != previous:
+            shared, previous = put(ids[L - prompt : L], i, 0), index
+        own = put(ids[L : L + length - 1], i, prompt)  # without the last token, which predicts nothing
+        rows.append(torch.tensor(shared + own))
+        states += shared[-1:] + own
+    rows, (ids, owners, positions) = pad_sequence(rows, True).to(device), torch.tensor(pack, device=device).T
+    no_mask = torch.empty(1, 1, 1, 1, device=device)  # in its final form, or Transformers would make one
+    inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": no_mask, "use_cache": False}
+    return model(**inputs, packing=(rows, owners * rows.shape[1] + positions)).last_hidden_state[0, states]
+
+
+def padded_states(model, batch: Rollouts) -> torch.Tensor:
+    """response_states of any model."""
+    mask, T = batch.attention_mask, batch.response_mask.shape[1]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, L + T] left padding does not count
+    hidden = model(batch.input_ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    return hidden[:, -T - 1 : -1][batch.response_mask]
+
+
+def can_pack(model, batch: Rollouts) -> bool:
+    """Whether in this model tokens meet in attention only, and in Transformers' own: then packing changes nothing."""
+    if not hasattr(model, "packs"):  # tried once
+        device = batch.input_ids.device
+        ids = torch.arange(12, device=device).view(2, 6)
+        mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], device=device)
+        trial, model.packs = Rollouts(ids, mask, mask[:, 3:].bool(), mask[:, 3:], ids[:, 0], [""] * 2, [""] * 2), False
+        with suppress(TypeError, ValueError, RuntimeError), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            states = packed_states(model, trial), padded_states(model, trial)
+            model.packs = torch.allclose(*states, rtol=1e-3, atol=1e-3)
+    window = getattr(model.config, "sliding_window", None)  # tokens that attention looks back
+    return model.packs and (not window or batch.input_ids.shape[1] <= window)
+
+
+def response_states(model, batch: Rollouts) -> torch.Tensor:
+    """[N, H] states of a model's body that predict the N response tokens of a batch: each is one token to the left."""
     for layer in (x for x in model.modules() if getattr(x, "gradient_checkpointing", False)):
-        layer.training = torch.is_grad_enabled()  # or it would not; dropout is a module of its own and stays off
-    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L + T] left padding does not count
-    return model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False)
+        layer.training = torch.is_grad_enabled()  # or it would not checkpoint; dropout, a module of its own, stays off
+    return packed_states(model, batch) if can_pack(model, batch) else padded_states(model, batch)
 
 
 def head_logprobs(head, hidden, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,14 +130,12 @@ def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Te
     response positions only and in chunks that are computed again in the backward pass, so [B, T, V] never exists.
     """
     mask = batch.response_mask  # [B, T]
-    hidden = forward(model.base_model, batch).last_hidden_state  # [B, L + T, H]
-    hidden = hidden[:, -mask.shape[1] - 1 : -1][mask]  # [N, H] the state one to the left predicts the token
+    hidden = response_states(model.base_model, batch)  # [N, H]
     targets = batch.input_ids[:, -mask.shape[1] :][mask]  # [N]
     head = model.get_output_embeddings()
     chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     compute = partial(checkpoint, head_logprobs, use_reentrant=False) if len(targets) > chunk else head_logprobs
-    pairs = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    parts = [compute(head, h, t, temperature) for h, t in pairs]
+    parts = [compute(head, *x, temperature) for x in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
     logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
     zeros = torch.zeros(mask.shape, device=mask.device, dtype=logp.dtype)
     return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
@@ -198,6 +179,23 @@ def make_sampler(config, policy, tokenizer, accelerator):
     return sampler(config, policy, tokenizer, ends - {None}, stop, accelerator.autocast)
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer of the cache with spare room for new keys and values: DynamicLayer copies all of them for every token."""
+
+    room = None  # for keys and for values, [B, heads, more than t, d] each
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        new, t, end = (key_states, value_states), self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        if t < 128:  # to copy so little is faster
+            return super().update(*new)
+        if self.room is None or len(self.room[0]) != len(key_states) or self.room[0].shape[2] < end:
+            self.room = [pad(x, (0, 0, 0, t // 2)) for x in (self.keys, self.values)]
+        for room, x in zip(self.room, new, strict=True):
+            room[:, :, t:end] = x
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+
 class HFSampler:
     """Samples from the policy itself. The prompt of a group is computed once; finished responses leave the batch."""
 
@@ -212,10 +210,11 @@ class HFSampler:
     def sleep(self) -> None:
         """Nothing to free."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts: list[list[int]], n: int, temperature: float, seed: int) -> Rollouts:
         """n responses to each of P prompts (token ids); temperature 0 is greedy. The same seed gives the same ones."""
         generator, cache = torch.Generator(self.device).manual_seed(seed), DynamicCache(config=self.policy.config)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         ids, mask = left_pad(prompts, self.tokenizer.pad_token_id, self.device)  # [P, L] each
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # [P, L]
         alive = list(range(len(prompts) * n))  # b of the B rows are still being written
@@ -242,7 +241,8 @@ class HFSampler:
                 ids, mask, positions = ids[rows], mask[rows], positions[rows]
                 cache.batch_select_indices(rows)
             mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions + 1
-        return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device)
+        with torch.inference_mode(False):  # the tensors that go into training
+            return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device)
 
 
 class VLLMSampler:

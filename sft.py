@@ -23,8 +23,8 @@ from accelerate import Accelerator
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from data import demonstrations, draw, encode_pairs, load_prompts, read_jsonl
-from rollout import check_sampler, collate, load_model, make_sampler, token_logprobs
+from data import collate, demonstrations, draw, encode_pairs, load_prompts, read_jsonl
+from rollout import check_sampler, load_model, make_sampler, token_logprobs
 from run import Run, parse, sum_gradients
 
 
@@ -100,7 +100,7 @@ def main(config: Config) -> None:
     else:
         policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
     parameters = list(policy.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warmup = max(1, config.steps // 20)
     shape = lambda done: min((done + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done / config.steps)))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)

@@ -183,13 +183,15 @@ def matrix_rate(repeats: int = 20) -> dict:
 def model_flops(c, prompt_lengths: list[int], response_lengths: list[int]) -> dict[str, float]:
     """FLOPs of an update by its products of matrices: 2 per weight and token forward, and twice as many backward.
 
-    The LM head counts on response tokens only; what is computed again to save memory counts once; of attention the
-    full T x T square counts, 12 T^2 per layer and unit of width, as is usual, though half of it is masked.
+    With as many responses to each prompt. A prompt counts once in the layers, as no more is needed, and the LM head on
+    response tokens only; what is computed again to save memory counts once; of attention the full T x T square of each
+    response with its prompt counts, 12 T^2 per layer and unit of width, as is usual, though half of it is masked.
     """
-    lengths = [sum(pair) for pair in zip(prompt_lengths, response_lengths, strict=True)]
+    G = len(response_lengths) // len(prompt_lengths)
+    lengths = [prompt_lengths[i // G] + length for i, length in enumerate(response_lengths)]
     q, _, layer = widths(c)
     return {
-        "layers": 6 * c.num_hidden_layers * layer * sum(lengths),
+        "layers": 6 * c.num_hidden_layers * layer * (sum(prompt_lengths) + sum(response_lengths)),
         "head": 6 * c.vocab_size * c.hidden_size * sum(response_lengths),
         "attention": 12 * c.num_hidden_layers * q * sum(length**2 for length in lengths),
     }
@@ -311,7 +313,7 @@ def update(config: Config, folder: str) -> dict:
     batch = rollout.collate(prompts, responses, [[0.0] * T] * B, ["length"] * B, sampler.tokenizer, policy.device)
     batch["advantages"] = 1.0 - 2.0 * (batch["row"] % 2)
     parameters = list(policy.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=script.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=script.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step():
         for micro in batch.microbatches(batch["row"], config.tokens_per_microbatch):
@@ -324,7 +326,7 @@ def update(config: Config, folder: str) -> dict:
         optimizer.zero_grad()
 
     rate, seconds = matrix_rate()["matrix_flops"], measure(config.repeats, step=step)["step"]
-    flops = model_flops(policy.config, [len(prompts[i]) for i in batch.prompt_index.tolist()], batch.lengths.tolist())
+    flops = model_flops(policy.config, [len(prompt) for prompt in prompts], batch.lengths.tolist())
     reached = sum(flops.values()) / seconds
     found = {"mfu": reached / rate, "mfu_causal": (reached - flops["attention"] / 2 / seconds) / rate}
     return found | {"seconds": seconds, "flops": flops, "flops_per_second": reached}
@@ -383,18 +385,19 @@ PARTS = {function.__name__: function for function in (machine, rollout_hf, rollo
 # --- memory, by a formula ---
 
 
-BYTES = {"weights": 4, "adam": 8, "reference": 4, "gradients": 4, "bf16 copies": 2, "in AdamW's step": 4}  # per weight
+BYTES = {"weights": 4, "adam": 8, "reference": 4, "gradients": 4, "bf16 copies": 2}  # per weight
 
 
 def activation_bytes(c, checkpointing: bool = False) -> int:
     """What the layers keep of a token for the backward pass, under autocast, with attention that keeps no T x T matrix.
 
     The residual stream is in float32. Each of two norms keeps it before and after, and autocast casts it anew for each
-    of five matrices: 4 x 4 + 5 x 2 = 26 bytes per unit of width. q, k, v and the output of attention 2 each; gate, its
-    activation, up and their product 2 each. With checkpointing all layers keep only their input, but one at a time.
+    of five matrices: 4 x 4 + 5 x 2 = 26 bytes per unit of width. q, k, v and the output of attention 2 each, the output
+    once more when it is packed; gate, its activation, up and their product 2 each. With checkpointing all layers keep
+    only their input, but one at a time. It takes every token for one in a full row: no padding, no shared prompt.
     """
     q, kv, _ = widths(c)
-    layer = 26 * c.hidden_size + 4 * q + 4 * kv + 8 * c.intermediate_size
+    layer = 26 * c.hidden_size + 6 * q + 4 * kv + 8 * c.intermediate_size
     return c.num_hidden_layers * 4 * c.hidden_size + layer if checkpointing else c.num_hidden_layers * layer
 
 
@@ -403,11 +406,11 @@ def memory_gb(
 ) -> dict[str, float]:
     """GB that grpo.py needs on a GPU in its two largest phases, for a model with configuration c.
 
-    The update has weights, Adam, gradients and the reference model, if beta; then either activations, the bf16 copies
-    that autocast makes of all matrices, a chunk of logits with 16 bytes each, and two bf16 gradients of the LM head;
-    or, when those are gone, what AdamW takes for a moment. The rollout has weights, Adam, the reference and either half
-    of the GPU, which vLLM takes (rollout.py) and gives back to sleep, or copies, logits, and a cache in float32. CUDA
-    itself takes 1 GB, with vLLM's graphs 3. But for weights, Adam and gradients these are estimates.
+    The update has weights, Adam, gradients and the reference model, if beta; then activations, the bf16 copies that
+    autocast makes of all matrices, a chunk of logits with 16 bytes each, and two bf16 gradients of the LM head; AdamW,
+    fused, needs nothing more. The rollout has weights, Adam, the reference and either half of the GPU, which vLLM takes
+    (rollout.py) and gives back to sleep, or copies, logits, and a cache in float32. CUDA itself takes 1 GB, with vLLM's
+    graphs 3. But for weights, Adam and gradients these are estimates.
     """
     (_, kv, layer), layers, head = widths(c), c.num_hidden_layers, c.vocab_size * c.hidden_size
     parameters = layers * layer + head * (1 if c.tie_word_embeddings else 2)  # norms and biases are a thousandth
@@ -417,7 +420,7 @@ def memory_gb(
     sampling = copies + rows * (row_tokens * layers * kv * 8 + c.vocab_size * 16)
     backward = copies + microbatch * activation_bytes(c, checkpointing) + 16 * rollout.LOGITS_AT_ONCE + 4 * head
     needs = {"rollout": always + (gpu_gb * GB / 2 if sampler == "vllm" else sampling)}
-    needs["update"] = always + BYTES["gradients"] * parameters + max(backward, BYTES["in AdamW's step"] * parameters)
+    needs["update"] = always + BYTES["gradients"] * parameters + backward
     return {phase: x / GB for phase, x in needs.items()}
 
 

@@ -17,12 +17,15 @@ from rollout import load_model, token_logprobs
 MEASURE = """
 import json, re, sys
 import torch
-from rollout import Rollouts, token_logprobs
+from data import Rollouts
+from rollout import token_logprobs
 from types import SimpleNamespace
 
 way, tokens = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 class Body(torch.nn.Embedding):
+    config = None
+
     def forward(self, input_ids, **_):
         return SimpleNamespace(last_hidden_state=super().forward(input_ids))
 

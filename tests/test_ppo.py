@@ -32,7 +32,8 @@ def test_it_differs_only_in_the_objective_and_in_the_set_up_of_the_value_network
     base, other = sections("grpo"), sections("ppo")
     assert list(base) == list(other)
     assert {name for name in base if base[name] != other[name]} <= OBJECTIVE | {"top", "training"}
-    gone = set(base["top"].splitlines()) - set(other["top"].splitlines())
+    top = other["top"].replace("make_sampler, response_states,", "make_sampler,")  # of which V is a function
+    gone = set(base["top"].splitlines()) - set(top.splitlines())
     assert not gone, "in the configuration, only added lines"
 
 

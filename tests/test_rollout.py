@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from conftest import ROOT, make_sampler
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rollout
-from data import encode_prompts, load_task
+from data import collate, encode_prompts, load_task
 from grpo import group_advantages, policy_loss
 from rewards import evaluation_metrics, score
-from rollout import batch_logprobs, collate, token_logprobs
+from rollout import batch_logprobs, token_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,79 @@ def test_without_kl_rows_of_zero_advantage_may_stay_out(trainable):
     assert (gradient - expected).norm() < 1e-6 * expected.norm()
 
 
+SHAPE = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+LINEAR = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
+LINEAR |= {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
+MODELS = {  # family -> what its configuration needs beside SHAPE; whether its tokens meet in attention only
+    "llama": ({}, True), "qwen2": ({}, True), "qwen3": ({}, True), "gemma": ({}, True), "olmo2": ({}, True),
+    "smollm3": ({}, True), "phi3": ({}, True), "gpt2": ({"n_embd": 32, "n_head": 4, "n_layer": 4}, True),
+    "mistral": ({"sliding_window": 8}, True), "gemma3_text": ({"sliding_window": 8}, True),
+    "qwen3_5_text": (LINEAR, False), "bloom": ({"n_head": 4}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_logprobs_of_a_batch_are_those_of_each_response_alone(tiny, family):
+    """Packed, where that is right, or padded: with prompts and responses of all lengths."""
+    more, packs = MODELS[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE | more)).eval()
+    for p in model.parameters():
+        p.data.normal_(0, 0.3) if p.dim() > 1 else None
+    prompts, lengths = [[5, 6, 7, 8, 9], [7, 9, 11, 5, 2, 30, 31, 3, 4], [60]], [7, 1, 4, 12, 12, 3]
+    responses = [torch.randint(2, 60, (n,)).tolist() for n in lengths]
+    batch = collate(prompts, responses, [[0.0] * n for n in lengths], [""] * 6, tiny[1], torch.device("cpu"))
+    with torch.no_grad():
+        logp, _ = token_logprobs(model, batch, 1.0)
+        for i, response in enumerate(responses):
+            ids = torch.tensor(prompts[i // 2] + response)
+            alone = model(ids[None]).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[-len(response) :, 0]
+            assert torch.allclose(logp[i, : len(response)], alone, atol=1e-4), i
+    assert model.base_model.packs == packs
+    width = batch.input_ids.shape[1]
+    assert rollout.can_pack(model.base_model, batch) == (packs and more.get("sliding_window", width) >= width)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_pack_has_no_padding_and_a_prompt_once_for_neighbours(tiny, monkeypatch, together):
+    seen, model = [], copy.deepcopy(tiny[0])
+    lengths = [3, 9, 1, 4]
+    batch = collate([[5, 6], [7]], [[8] * n for n in lengths], [[0.0] * n for n in lengths], [""] * 4, tiny[1], "cpu")
+    batch = batch.select(torch.tensor([0, 1, 2, 3] if together else [0, 2, 1, 3]))
+    expected, _ = token_logprobs(model, batch, 1.0)
+    model.base_model.register_forward_pre_hook(lambda m, args, flags: seen.append(flags["input_ids"]), with_kwargs=True)
+    packed, _ = token_logprobs(model, batch, 1.0)
+    assert torch.equal(packed, expected)
+    prompts = 2 + 1 if together else 2 * (2 + 1)
+    assert [x.shape for x in seen] == [(1, prompts + sum(lengths) - 4)], "nor the last tokens, which predict nothing"
+
+
+def test_packed_and_padded_have_the_same_gradient(trainable, monkeypatch):
+    model, batch = trainable
+    packed, loss = gradients(model, batch, 300, 0.04)
+    assert model.base_model.packs
+    model.base_model.packs = False
+    padded, other = gradients(model, batch, 300, 0.04)
+    assert (packed - padded).norm() < 1e-6 * padded.norm() and loss == pytest.approx(other, abs=1e-6)
+
+
 # --- the sampler ---
+
+
+def test_long_responses_with_spare_room_in_the_cache_are_the_same(tiny, prompts, monkeypatch):
+    sampler = make_sampler(*tiny, max_new_tokens=230)
+    sampler.ends = set(tiny[1].encode("Z"))  # so rare that many responses are long, and end at different times
+    long = sampler.generate(prompts[:2], n=40, temperature=3.0, seed=1)
+    monkeypatch.setattr(rollout, "RoomyLayer", rollout.DynamicLayer)
+    assert len({n for n in long.lengths.tolist() if n > 128}) > 4 and long.lengths.max() == 230, (
+        "rows leave, room runs out"
+    )
+    plain = sampler.generate(prompts[:2], n=40, temperature=3.0, seed=1)
+    assert torch.equal(long.input_ids, plain.input_ids)
+    assert torch.allclose(long.sampler_logp, plain.sampler_logp, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.4])

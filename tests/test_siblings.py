@@ -354,6 +354,7 @@ def test_models_and_passes_are_those_of_the_table_in_the_readme(tmp_path, monkey
             passes[role][2] += 1
 
         models[role] = model
+        model.base_model.packs = True  # not tried here, or its two passes would be counted
         model.base_model.register_forward_hook(forward, with_kwargs=True)
         model.base_model.norm.weight.register_post_accumulate_grad_hook(backward)
         return model
