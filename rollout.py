@@ -10,7 +10,6 @@ from contextlib import suppress
 from functools import partial
 
 import torch
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -51,9 +50,9 @@ def attention(module, query, key, value, attention_mask, packing=None, **kwargs)
     """Transformers' attention; packed tokens [1, heads, N, d] become a row for each response, and are packed again."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows, back = packing  # [B, W] places in the pack; [N] places in the rows
-    flat = (x[0].transpose(0, 1).index_select(0, rows.flatten()) for x in (query, key, value))  # [B * W, heads, d] each
-    q, k, v = (x.unflatten(0, rows.shape).transpose(1, 2) for x in flat)  # [B, heads, W, d]
+    rows, back = packing  # [B, W] the places of each row's tokens in the pack; [N] those of the pack in rows.flatten()
+    places = rows.flatten()  # of what now becomes [B, heads, W, d]
+    q, k, v = (x[0].index_select(1, places).unflatten(1, rows.shape).transpose(0, 1) for x in (query, key, value))
     out, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs | {"is_causal": True})  # [B, W, heads, d]
     return out.flatten(0, 1).index_select(0, back)[None], None
 
@@ -64,26 +63,28 @@ AttentionInterface.register("sdpa", attention)  # what models have unless told o
 def packed_states(model, batch: Rollouts) -> torch.Tensor:
     """response_states without computing on padding: all tokens stand in one row, a prompt once for all its neighbours.
 
-    Only attention sees rows, one for each response. They begin with the prompt, so the causal mask hides their padding.
+    Prompt P Q with responses A B and C D: the pack is P Q A C, the states are those of Q A Q C. Attention alone sees
+    rows, P Q A and P Q C; what fills them up is to the right, so the causal mask hides it.
     """
     L, device = batch.input_ids.shape[1] - batch.response_mask.shape[1], batch.input_ids.device
     pack, rows, states, previous = [], [], [], None
 
-    def put(tokens: list[int], row: int, start: int) -> list[int]:
+    def add(tokens: list[int], row: int, start: int) -> list[int]:
         pack.extend((token, row, start + t) for t, token in enumerate(tokens))
         return list(range(len(pack) - len(tokens), len(pack)))  # their places in the pack
 
     lists = (batch.prompt_index, batch.input_ids, batch.attention_mask[:, :L].sum(1), batch.lengths)
     for i, (index, ids, prompt, length) in enumerate(zip(*(x.tolist() for x in lists), strict=True)):
         if index != previous:
-            shared, previous = put(ids[L - prompt : L], i, 0), index
-        own = put(ids[L : L + length - 1], i, prompt)  # without the last token, which predicts nothing
-        rows.append(torch.tensor(shared + own))
-        states += shared[-1:] + own
-    rows, (ids, owners, positions) = pad_sequence(rows, True).to(device), torch.tensor(pack, device=device).T
-    no_mask = torch.empty(1, 1, 1, 1, device=device)  # in its final form, or Transformers would make one
+            prompt_places, previous = add(ids[L - prompt : L], i, 0), index
+        places = prompt_places + add(ids[L : L + length - 1], i, prompt)
+        rows.append(torch.tensor(places))
+        states += places[prompt - 1 :][:length]
+    rows = pad_sequence(rows, batch_first=True).to(device)  # [B, W]
+    ids, row_of, positions = torch.tensor(pack, device=device).T  # [N] each
+    no_mask = torch.zeros(1, 1, 1, 1, device=device)  # Transformers leaves a mask of this form alone, and so do we
     inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": no_mask, "use_cache": False}
-    return model(**inputs, packing=(rows, owners * rows.shape[1] + positions)).last_hidden_state[0, states]
+    return model(**inputs, packing=(rows, row_of * rows.shape[1] + positions)).last_hidden_state[0, states]
 
 
 def padded_states(model, batch: Rollouts) -> torch.Tensor:
@@ -96,30 +97,28 @@ def padded_states(model, batch: Rollouts) -> torch.Tensor:
 
 def can_pack(model, batch: Rollouts) -> bool:
     """Whether in this model tokens meet in attention only, and in Transformers' own: then packing changes nothing."""
-    if not hasattr(model, "packs"):  # tried once
-        device = batch.input_ids.device
-        ids = torch.arange(12, device=device).view(2, 6)
-        mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], device=device)
-        trial, model.packs = Rollouts(ids, mask, mask[:, 3:].bool(), mask[:, 3:], ids[:, 0], [""] * 2, [""] * 2), False
-        with suppress(TypeError, ValueError, RuntimeError), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            states = packed_states(model, trial), padded_states(model, trial)
-            model.packs = torch.allclose(*states, rtol=1e-3, atol=1e-3)
-    window = getattr(model.config, "sliding_window", None)  # tokens that attention looks back
+    if not hasattr(model, "packs"):  # tried once: two responses to one prompt, one to another
+        device, model.packs = batch.input_ids.device, False
+        ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8], [9, 2, 1, 3, 5, 0]], device=device)
+        mask, index = (ids > 0).long(), torch.tensor([0, 0, 1], device=device)
+        trial = Rollouts(ids, mask, mask[:, 3:].bool(), mask[:, 3:], index, [""] * 3, [""] * 3)
+        with suppress(Exception), torch.no_grad(), torch.autocast(device.type, enabled=False):  # it may not take a pack
+            model.packs = torch.allclose(packed_states(model, trial), padded_states(model, trial), rtol=1e-3, atol=1e-3)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)  # beyond it attention needs a mask
     return model.packs and (not window or batch.input_ids.shape[1] <= window)
 
 
 def response_states(model, batch: Rollouts) -> torch.Tensor:
     """[N, H] states of a model's body that predict the N response tokens of a batch: each is one token to the left."""
     for layer in (x for x in model.modules() if getattr(x, "gradient_checkpointing", False)):
-        layer.training = torch.is_grad_enabled()  # or it would not checkpoint; dropout, a module of its own, stays off
+        layer.training = torch.is_grad_enabled()  # or it would not checkpoint
     return packed_states(model, batch) if can_pack(model, batch) else padded_states(model, batch)
 
 
 def head_logprobs(head, hidden, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target and entropy of its distribution, [N] each, from hidden states [N, H]."""
     log_p = (head(hidden).float() / temperature).log_softmax(-1)  # [N, V]
-    with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)  # [N]
+    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)  # [N]
     return log_p.gather(-1, targets[:, None]).squeeze(-1), entropy  # [N], [N]
 
 
@@ -137,8 +136,7 @@ def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Te
     compute = partial(checkpoint, head_logprobs, use_reentrant=False) if len(targets) > chunk else head_logprobs
     parts = [compute(head, *x, temperature) for x in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
     logp, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-    zeros = torch.zeros(mask.shape, device=mask.device, dtype=logp.dtype)
-    return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
+    return tuple(torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x) for x in (logp, entropy))
 
 
 @torch.no_grad()
@@ -188,12 +186,15 @@ class RoomyLayer(DynamicLayer):
         new, t, end = (key_states, value_states), self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
         if t < 128:  # to copy so little is faster
             return super().update(*new)
-        if self.room is None or len(self.room[0]) != len(key_states) or self.room[0].shape[2] < end:
-            self.room = [pad(x, (0, 0, 0, t // 2)) for x in (self.keys, self.values)]
-        for room, x in zip(self.room, new, strict=True):
-            room[:, :, t:end] = x
+        if self.room is None or end > self.room[0].shape[2]:
+            self.room = [torch.nn.functional.pad(x, (0, 0, 0, t // 2)) for x in (self.keys, self.values)]
+        self.room[0][:, :, t:end], self.room[1][:, :, t:end] = new
         self.keys, self.values = (room[:, :, :end] for room in self.room)
         return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.room = None
 
 
 class HFSampler:
@@ -221,8 +222,7 @@ class HFSampler:
         responses, logps, finish_reasons = [[] for _ in alive], [[] for _ in alive], ["length" for _ in alive]
         for t in range(self.max_new_tokens):
             inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "logits_to_keep": 1}
-            inputs["attention_mask"] = None if mask.all() else mask  # without padding it needs none, and is faster
-            logits = self.policy(**inputs).logits[:, -1]  # [b, V]
+            logits = self.policy(attention_mask=None if mask.all() else mask, **inputs).logits[:, -1]  # [b, V]
             if t == 0:  # the prompt of a group was computed once; from here on its n responses part
                 logits, mask, positions = (x.repeat_interleave(n, 0) for x in (logits, mask, positions[:, -1:]))
                 cache.batch_repeat_interleave(n)

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --size 1.5b --out benchmarks/gpu-1.5b     on one CUDA GPU, without a network
     python benchmarks/gpu.py --size toy --prompts 4 --group-size 4 --prompt-tokens 16 --response-tokens 32
-    python benchmarks/gpu.py --memory-table     measures nothing: the sizes that should fit in a GPU, by a formula
+    python benchmarks/gpu.py --memory-table     measures nothing: docs/memory.md, what should fit in a GPU, by a formula
 
 It writes OUT.json and OUT.md after every part; --parts measures some of them, and leaves the others in OUT.json. A part
 has a process and so the memory of the GPU to itself; one that fails is reported with its reason, and the others go on.
@@ -11,6 +11,7 @@ time; here no token ends a response (full_length), so that all have --response-t
 after a warm-up.
 """
 
+import inspect
 import json
 import multiprocessing
 import platform
@@ -406,22 +407,31 @@ def memory_gb(
 ) -> dict[str, float]:
     """GB that grpo.py needs on a GPU in its two largest phases, for a model with configuration c.
 
-    The update has weights, Adam, gradients and the reference model, if beta; then activations, the bf16 copies that
-    autocast makes of all matrices, a chunk of logits with 16 bytes each, and two bf16 gradients of the LM head; AdamW,
-    fused, needs nothing more. The rollout has weights, Adam, the reference and either half of the GPU, which vLLM takes
-    (rollout.py) and gives back to sleep, or copies, logits, and a cache in float32. CUDA itself takes 1 GB, with vLLM's
-    graphs 3. But for weights, Adam and gradients these are estimates.
+    The update has weights, Adam and gradients (4, 8 and 4 bytes per parameter) and the reference model, if beta (4);
+    then the activations of a micro-batch, the bf16 copies that autocast makes of all matrices (2 bytes per weight), a
+    chunk of 2^25 logits with 16 bytes each, and two bf16 gradients of the LM head; AdamW, fused, needs nothing more.
+    The rollout has weights, Adam, the reference and either half of the GPU, which vLLM takes (rollout.py) and gives
+    back to sleep, or copies, logits of 16 bytes, and a cache in float32 with half of it as spare room. CUDA itself
+    takes 1 GB, with vLLM's graphs 3. But for weights, Adam, gradients and activations, which tests measure on a CPU,
+    these are estimates.
     """
     (_, kv, layer), layers, head = widths(c), c.num_hidden_layers, c.vocab_size * c.hidden_size
     parameters = layers * layer + head * (1 if c.tie_word_embeddings else 2)  # norms and biases are a thousandth
     kept = BYTES["weights"] + BYTES["adam"] + (BYTES["reference"] if beta else 0)
     always = kept * parameters + (3 if sampler == "vllm" else 1) * GB
     copies = BYTES["bf16 copies"] * (layers * layer + head)
-    sampling = copies + rows * (row_tokens * layers * kv * 8 + c.vocab_size * 16)
+    sampling = copies + rows * (row_tokens * layers * kv * 12 + c.vocab_size * 16)
     backward = copies + microbatch * activation_bytes(c, checkpointing) + 16 * rollout.LOGITS_AT_ONCE + 4 * head
     needs = {"rollout": always + (gpu_gb * GB / 2 if sampler == "vllm" else sampling)}
     needs["update"] = always + BYTES["gradients"] * parameters + backward
     return {phase: x / GB for phase, x in needs.items()}
+
+
+def memory_page() -> str:
+    """docs/memory.md: the formula in words, and a table for each sampler."""
+    words = inspect.getdoc(memory_gb).partition("\n\n")[2], inspect.getdoc(activation_bytes).partition("\n\n")[2]
+    head = "# What should fit in which GPU", "`python benchmarks/gpu.py --memory-table > docs/memory.md`"
+    return "\n\n".join((*head, *words, memory_table("hf"), memory_table("vllm").rstrip("\n"))) + "\n"
 
 
 def memory_table(sampler: str = "vllm", microbatch: int = 8192, gpus=(16, 24, 48, 80)) -> str:
@@ -518,7 +528,7 @@ def report(results: dict) -> str:
 
 def main(config: Config) -> None:
     if config.memory_table:
-        return print(memory_table("hf"), memory_table("vllm"), sep="\n")
+        return print(memory_page(), end="")
     if unknown := set(config.parts) - set(PARTS):
         raise SystemExit(f"--parts {' '.join(sorted(unknown))}: choose from {' '.join(PARTS)}")
     out, results = Path(config.out + ".json"), {"config": json.loads(json.dumps(asdict(config)))}

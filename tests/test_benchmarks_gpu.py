@@ -224,6 +224,11 @@ def test_layers_keep_as_many_bytes_for_the_backward_pass_as_the_formula_says(lay
     assert gpu.activation_bytes(c, checkpointing=True) < gpu.activation_bytes(c)
 
 
+def test_the_committed_page_is_fresh():
+    page = (ROOT / "docs" / "memory.md").read_text()
+    assert page == gpu.memory_page(), "python benchmarks/gpu.py --memory-table > docs/memory.md"
+
+
 def test_the_table_of_sizes_and_gpus():
     rows = [line.strip("| ").split(" | ") for line in gpu.memory_table("hf").splitlines() if " | " in line][1:]
     fits = {tuple(row[:3]): row[4:] for row in rows}

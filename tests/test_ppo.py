@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import ROOT, make_sampler, read_jsonl, run_script
 from test_siblings import OBJECTIVE, double, sections
+from transformers import AutoConfig, AutoModelForTokenClassification
 
 import ppo
-from data import encode_prompts, load_task
+from data import collate, encode_prompts, load_task
 
 MASK = torch.arange(7) < torch.tensor([[7], [4], [1]])  # ragged rows
 SMALL = {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8, "steps": 1, "model": str(ROOT / "tiny")}
@@ -26,6 +27,22 @@ def run(tmp_path, name, **flags):
 
 def saved(tmp_path, name):
     return torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_values_are_those_of_the_value_network(tiny, family):
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(family, num_attention_heads=4, num_labels=1, pad_token_id=0, **shape)
+    torch.manual_seed(0)
+    value = AutoModelForTokenClassification.from_config(config).eval()
+    responses = [[7, 8, 9], [3], [4, 4], [9, 9, 9, 9]]
+    batch = collate([[5, 6], [2]], responses, [[0.0] * len(r) for r in responses], [""] * 4, tiny[1], "cpu")
+    values = ppo.token_values(value, batch)
+    assert values.shape == (4, 4) and values.requires_grad and not values[~batch.response_mask].any()
+    for i, response in enumerate(responses):
+        ids = torch.tensor([[[5, 6], [2]][i // 2] + response])
+        expected = value(ids).logits[0, :, 0]
+        assert torch.allclose(values[i, : len(response)], expected[-len(response) - 1 : -1], atol=1e-5)
 
 
 def test_it_differs_only_in_the_objective_and_in_the_set_up_of_the_value_network():

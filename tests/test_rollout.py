@@ -230,7 +230,7 @@ MODELS = {  # family -> what its configuration needs beside SHAPE; whether its t
     "llama": ({}, True), "qwen2": ({}, True), "qwen3": ({}, True), "gemma": ({}, True), "olmo2": ({}, True),
     "smollm3": ({}, True), "phi3": ({}, True), "gpt2": ({"n_embd": 32, "n_head": 4, "n_layer": 4}, True),
     "mistral": ({"sliding_window": 8}, True), "gemma3_text": ({"sliding_window": 8}, True),
-    "qwen3_5_text": (LINEAR, False), "bloom": ({"n_head": 4}, False),
+    "gpt_neox": ({}, True), "qwen3_5_text": (LINEAR, False), "bloom": ({"n_head": 4}, False),
 }  # fmt: skip
 
 
