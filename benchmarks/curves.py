@@ -20,7 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -140,18 +140,9 @@ def seeds() -> None:
 
 def costs() -> None:
     """Seconds of a step of the tiny model, and peak memory of a process with a larger one; write costs.csv."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    large = RUNS / "random-model"  # weights of no use: memory does not look at them
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(large), tokenizer.save_pretrained(large)
-    pairs = [{"prompt": f"{i}+{i}=", "chosen": "1+1=2," * 10, "rejected": "1+1=3," * 10} for i in range(100)]
-    (large / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    large = RUNS / "random-model"
+    with ProcessPoolExecutor(1) as pool:  # what this process itself has in memory, its children would begin with
+        pool.submit(random_model, large).result()
     rows = []
     for name, command in COMMANDS.items():
         small = measure(name, [*command, "--steps", "12"])
@@ -159,6 +150,21 @@ def costs() -> None:
         big = measure(name, [*command, *sizes, "--steps", "3", "--model", large])
         rows.append((name, f"{small[0]:.2f}", f"{small[1]:.0f}", f"{big[0]:.1f}", f"{big[1]:.0f}"))
     write("costs.csv", ("script", "seconds", "peak_mb", "seconds_large", "peak_mb_large"), rows)
+
+
+def random_model(folder: Path) -> None:
+    """A model of 34 M parameters with weights of no use, at which memory does not look, and pairs for dpo.py."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder), tokenizer.save_pretrained(folder)
+    pairs = [{"prompt": f"{i}+{i}=", "chosen": "1+1=2," * 10, "rejected": "1+1=3," * 10} for i in range(100)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
 def measure(name: str, command: list) -> tuple[float, float]:
