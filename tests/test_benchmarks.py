@@ -1,11 +1,15 @@
-"""benchmarks/curves.py: how a learning rate is chosen, and that the README says what was measured."""
+"""benchmarks/curves.py and growth.py: how a learning rate is chosen, and that the README says what was measured."""
 
 import csv
 import importlib.util
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 from conftest import ROOT
+
+from benchmarks import growth
 
 
 @pytest.fixture
@@ -69,3 +73,19 @@ def test_an_interrupted_run_is_not_taken_for_a_finished_one(curves, tmp_path):
     assert curves.finished(tmp_path) == [] and curves.finished(tmp_path / "nothing") == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
     assert len(curves.finished(tmp_path)) == 2
+
+
+def test_time_and_memory_grow_no_faster_than_in_proportion():
+    """From one measured point to the next: time without attention, and memory; 15 % are left to noise."""
+    for name, found in growth.read().items():
+        x = found["parameters" if name == "hidden_size" else name]
+        for y in (found["seconds"] * (1 - found["attention"]), found["mb"]):
+            assert len(x) >= 4 and (y[1:] / y[:-1] <= 1.15 * x[1:] / x[:-1]).all(), name
+            assert y[-1] / y[0] <= 1.15 * x[-1] / x[0], name
+
+
+def test_growth_measures_full_length_responses_and_the_share_of_attention():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(growth.measure, group_size=2, response_tokens=16, hidden_size=64).result()
+    assert found["tokens"] == 4 * 2 * 16 and found["parameters"] > 64 * 64
+    assert found["seconds"] > 0 and found["mb"] > 0 and 0 < found["attention"] < 0.5
