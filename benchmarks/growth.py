@@ -12,7 +12,7 @@ so it grows with the square of the length; its share is that of its operations i
 import csv
 import multiprocessing
 import random
-import resource
+import re
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -58,7 +58,7 @@ def measure(group_size: int, response_tokens: int, hidden_size: int) -> dict:
         log(run, *args, **named)
         seconds.append(run.record["seconds"])
         if len(seconds) == STEPS:
-            peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            peak.append(peak_memory())
             profiler.start()
         if len(seconds) == STEPS + 1:
             profiler.stop()
@@ -66,7 +66,7 @@ def measure(group_size: int, response_tokens: int, hidden_size: int) -> dict:
     grpo.Run.log = log_and_look
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory()
         shape = LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=4,
             num_attention_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
@@ -85,8 +85,13 @@ def measure(group_size: int, response_tokens: int, hidden_size: int) -> dict:
     share = sum(x for name, x in times.items() if "scaled_dot_product" in name) / sum(times.values())
     found = {"parameters": parameters, "tokens": PROMPTS * group_size * response_tokens}
     return found | {
-        "seconds": min(seconds[1:STEPS]), "attention": share, "mb": (peak[0] - before) / 1024
+        "seconds": min(seconds[1:STEPS]), "attention": share, "mb": peak[0] - before
     }  # fmt: skip
+
+
+def peak_memory() -> float:
+    """MB of this process at its peak; ru_maxrss would begin with the peak of the process that started it."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def measure_all() -> None:
