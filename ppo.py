@@ -96,9 +96,8 @@ def load_value(path: str, device: torch.device):
 
 def token_values(value, batch) -> torch.Tensor:
     """V_t of the response tokens, with gradient: [B, T] float32, 0 off the mask."""
-    head = getattr(value, "score", None) or value.classifier  # models name it differently
-    V = head(response_states(value.base_model, batch)).squeeze(-1).float()  # [N] V_t comes before token t
-    return torch.zeros(batch.response_mask.shape, device=V.device).masked_scatter(batch.response_mask, V)  # [B, T]
+    V = list(value.children())[-1](response_states(value.base_model, batch)).squeeze(-1).float()  # [N] the last layer's
+    return torch.zeros_like(batch.sampler_logp).masked_scatter(batch.response_mask, V)  # [B, T] V_t is before token t
 
 
 def token_rewards(rewards, kl, mask, beta) -> torch.Tensor:
