@@ -35,75 +35,67 @@ as the paper does where another model wrote them (sft.py).
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from torch.nn.functional import logsigmoid
 
-from data import RESPONSES, collate, draw, load_pairs, load_prompts, sample_pairs
-from rollout import batch_logprobs, check_sampler, load_model, make_sampler, token_logprobs
-from run import Run, parse, sum_gradients
+from data import draw, load_prompts, stop_strings
+from logprobs import batch_logprobs, load_policy
+from pairs import load_pairs, pair_batch, sample_pairs
+from plumbing.fail import fail
+from plumbing.flags import RunConfig, parse, refuse_changed
+from plumbing.processes import gather, sum_gradients
+from plumbing.run import Run
+from rollout import check_sampler, make_sampler
 
 
 @dataclass
-class Config:
-    model: str = "tiny"  # Hugging Face folder or Hub name of the policy to train
+class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumbing/flags.py
     task: str = "arithmetic"  # without --data: its questions, answered by the model, make the pairs and the evaluation
     data: tuple[str, ...] = ()  # JSONL file or Hub set of pairs; a second one is held out; empty: the model's own
-    template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question becomes a prompt
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # what writes the responses
+    eval_prompts: int = 128  # held-out questions or pairs per evaluation
+    seed: int = 0  # of the model's own responses, and of the order of the pairs
     objective: Literal["dpo", "dpo_norm", "simpo"] = "dpo"  # which R and J
-    pairs: Literal["verified", "long2short"] = "verified"  # how the model's own answers make pairs
+    pairs: Literal["verified", "long2short"] = "verified"  # how the model's own responses make pairs
     pair_prompts: int = 1024  # questions answered to make pairs
-    group_size: int = 8  # G: answers to each of them
+    group_size: int = 8  # G: responses to each of them
     steps: int = 80  # updates
     pairs_per_step: int = 64  # pairs in each update
-    max_prompt_tokens: int = 512  # longer prompts are left out, tokens
     max_new_tokens: int = 64  # longest response |y|, tokens; longer ones of --data are cut
     temperature: float = 1.0  # of the policy, when it samples and when it learns
-    tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
-    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     lr: float = 5e-5  # learning rate of AdamW; 5e-7 to 5e-6 for a pretrained model
     beta: float = 0.0  # beta; 0: 0.5 for dpo, 5 for dpo_norm, 2 for simpo, as it means another thing in each
     gamma: float = 1.0  # gamma of simpo, in units of its reward
-    eval_every: int = 20  # steps between evaluations; 0: only before and after
-    eval_prompts: int = 128  # held-out questions or pairs per evaluation
-    save_every: int = 50  # steps between checkpoints; 0: only at the end
-    seed: int = 0  # of the model's own answers, and of the order of the pairs
-    out: str = ""  # folder of the run; empty: runs/<script>-<time>
-    resume: str = ""  # folder of an interrupted run to continue exactly
-    track: Literal["", "wandb", "tensorboard", "trackio"] = ""  # also log there
 
 
 # --- pairs ---
 
 
 def verified_pairs(right: list[bool], lengths: list[int]) -> list[tuple[int, int]]:
-    """(chosen, rejected) of G answers to one question: the first right one and the first wrong one, if there are both.
+    """(chosen, rejected) of G responses to a question: the first right one and the first wrong one, if there are both.
 
-    right: whether each of the G answers is; lengths: in tokens, not used here.
+    right: whether each of the G responses is; lengths: in tokens, not used here.
     """
-    return [(right.index(True), right.index(False))] if any(right) and not all(right) else []
+    if all(right) or not any(right):
+        return []
+    return [(right.index(True), right.index(False))]
 
 
 def long2short_pairs(right: list[bool], lengths: list[int]) -> list[tuple[int, int]]:
-    """(chosen, rejected) of G answers to one question: the shortest right one, and each longer wrong one or right one
-    that is at least 1.5 times as long. Arguments as in verified_pairs.
+    """(chosen, rejected) of G responses to a question: the shortest right one, and each wrong one that is longer or
+    right one that is at least 1.5 times as long. Arguments as in verified_pairs.
     """
-    chosen = min((g for g in range(len(right)) if right[g]), key=lambda g: lengths[g], default=None)
-    if chosen is None:
+    right_ones = [g for g in range(len(right)) if right[g]]
+    if not right_ones:
         return []
-    shortest = lengths[chosen]
-    return [(chosen, g) for g in range(len(right)) if lengths[g] >= (1.5 * shortest if right[g] else shortest + 1)]
-
-
-def pair_batch(pairs: list[dict], tokenizer, device):
-    """Rollouts of N pairs: row 2i is the chosen response of pair i, row 2i + 1 the rejected one."""
-    responses = [pair[f"{name}_ids"] for pair in pairs for name in RESPONSES]
-    zeros = [[0.0] * len(response) for response in responses]  # what sampled them does not matter
-    return collate([p["prompt_ids"] for p in pairs], responses, zeros, ["stop"] * len(responses), tokenizer, device)
+    chosen = min(right_ones, key=lambda g: lengths[g])
+    pairs = []
+    for g in range(len(right)):
+        least = 1.5 * lengths[chosen] if right[g] else lengths[chosen] + 1
+        if lengths[g] >= least:
+            pairs.append((chosen, g))
+    return pairs
 
 
 # --- loss ---
@@ -144,9 +136,18 @@ def simpo_loss(logp, ref_logp, mask, num_pairs, beta=2.0, gamma=1.0):
 
 def pair_stats(R, logp, mask) -> dict[str, torch.Tensor]:
     """What to log of N pairs, [N, 1] each, from the rewards [2N], log pi [2N, T] and mask [2N, T]."""
-    stats = {"margin": R[0::2] - R[1::2], "pair_accuracy": (R[0::2] > R[1::2]).float()}
-    for name, x in (("reward", R), ("logp", (logp * mask).sum(1)), ("length", mask.sum(1).float())):
-        stats |= {f"{name}_chosen": x[0::2], f"{name}_rejected": x[1::2]}
+    logp = (logp * mask).sum(1)  # [2N] of the whole response
+    length = mask.sum(1).float()  # [2N]
+    stats = {
+        "margin": R[0::2] - R[1::2],
+        "pair_accuracy": (R[0::2] > R[1::2]).float(),
+        "reward_chosen": R[0::2],
+        "reward_rejected": R[1::2],
+        "logp_chosen": logp[0::2],
+        "logp_rejected": logp[1::2],
+        "length_chosen": length[0::2],
+        "length_rejected": length[1::2],
+    }
     return {name: x.detach()[:, None] for name, x in stats.items()}
 
 
@@ -154,58 +155,60 @@ def pair_stats(R, logp, mask) -> dict[str, torch.Tensor]:
 
 
 def main(config: Config) -> None:
-    cuda = torch.cuda.is_available()  # weights are in float32, arithmetic on a GPU in bf16
-    tracking = {"log_with": config.track or None, "project_dir": config.out or "runs"}
-    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", **tracking)
-    run = Run(config, accelerator)
-    losses = {"dpo": dpo_loss, "dpo_norm": dpo_norm_loss, "simpo": partial(simpo_loss, gamma=config.gamma)}
-    objective = partial(losses[config.objective], **({"beta": config.beta} if config.beta else {}))  # 0: its default
+    check_flags(config)
+    run = Run(config)  # its folder, its log, and its processes, if there are several
+    accelerator = run.accelerator
     check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
 
-    policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
-    reference = load_model(config.model, accelerator.device)[0] if config.objective != "simpo" else None
+    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
+    reference = policy.reference() if config.objective != "simpo" else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    state = {"policy": policy, "optimizer": optimizer}  # all that a run needs to go on later
-    test, sampler = [], None
+    test = []
+    sampler = None
     if config.data:
         train, held_out = load_pairs(config, tokenizer)
     else:
         questions, test = load_prompts(config, tokenizer)
-        sampler = make_sampler(config, policy, tokenizer, accelerator)
+        stop = stop_strings(tokenizer, config.template)
+        sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
         if config.resume:  # sampled again, they might differ
             train, held_out = json.loads((run.folder / "pairs.json").read_text())
         else:
             sampler.push(policy)
             questions = draw(questions, min(config.pair_prompts, len(questions)), config.seed, step=1)
-            share = slice(accelerator.process_index, None, accelerator.num_processes)  # this process's questions
-            seed = 10**9 * accelerator.process_index + 10**6 * config.seed
             choose = {"verified": verified_pairs, "long2short": long2short_pairs}[config.pairs]
-            train, held_out = (sample_pairs(config, sampler, part[share], choose, seed) for part in (questions, test))
+            train = gather(sample_pairs(config, sampler, run.share(questions), choose, run.seed(0)))
+            held_out = gather(sample_pairs(config, sampler, run.share(test), choose, run.seed(0)))
             sampler.sleep()
-    if not train or not held_out:
-        told = f"{len(train)} pairs to learn from, {len(held_out)} held out: each takes a right answer and a wrong"
-        raise SystemExit(told + " (long2short: or longer) one; try another --task, or more questions")
+    check_pairs(train, held_out)
     if accelerator.is_main_process:
         (run.folder / "pairs.json").write_text(json.dumps([train, held_out]))
-        often = config.steps * config.pairs_per_step / len(train)
-        print(f"{len(train)} pairs to learn from, {often:.1f} times each; {len(held_out)} held out; the first one:")
-        print(tokenizer.decode(train[0]["prompt_ids"]), *(f"  {x}: {train[0][x]}" for x in RESPONSES), sep="\n")
+        show_pairs(train, held_out, config, tokenizer)
     held_out = pair_batch(held_out, tokenizer, accelerator.device)
-    with accelerator.autocast():
-        if reference:
+    if reference:
+        with accelerator.autocast():
             held_out["ref_logp"] = batch_logprobs(reference, held_out, config.temperature, config.tokens_per_microbatch)
-    if config.resume:
-        run.restore(**state)
+    run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume, from where the run had come to
+
+    def objective(logp, ref_logp, mask, num_pairs):
+        """The loss of --objective, with its own beta where none is given."""
+        constants = {"beta": config.beta} if config.beta else {}
+        if config.objective == "dpo":
+            return dpo_loss(logp, ref_logp, mask, num_pairs, **constants)
+        if config.objective == "dpo_norm":
+            return dpo_norm_loss(logp, ref_logp, mask, num_pairs, **constants)
+        return simpo_loss(logp, ref_logp, mask, num_pairs, gamma=config.gamma, **constants)
 
     def evaluate(step: int) -> None:
         """Log held-out pairs and, where the pairs are the model's own, held-out questions."""
         with accelerator.autocast():
             logp = batch_logprobs(policy, held_out, config.temperature, config.tokens_per_microbatch)
-        ref_logp, mask = held_out["ref_logp"] if reference else None, held_out.response_mask
+        ref_logp = held_out["ref_logp"] if reference else None
+        mask = held_out.response_mask
         loss, stats = objective(logp, ref_logp, mask, len(mask) // 2)
-        record = {"loss": loss} | {name: x.mean() for name, x in stats.items()}
-        run.record = {"step": step} | run.record | {f"eval_{name}": x.item() for name, x in record.items()}
+        run.add_metrics(step, {"eval_loss": loss.item()})
+        run.add_metrics(step, {f"eval_{name}": x.mean().item() for name, x in stats.items()})
         if sampler:
             sampler.push(policy)
             run.evaluate(step, sampler, test)
@@ -213,12 +216,11 @@ def main(config: Config) -> None:
 
     if run.first_step == 1:
         evaluate(0)
-        run.end_step(0, tokenizer, **state)
+        run.end_step(0)
 
     for step in run.steps():
         # --- pairs, in place of a rollout ---
-        pairs = draw(train, config.pairs_per_step, config.seed, step)
-        pairs = pairs[accelerator.process_index :: accelerator.num_processes]  # this process's share
+        pairs = run.share(draw(train, config.pairs_per_step, config.seed, step))  # of this process
         batch = pair_batch(pairs, tokenizer, accelerator.device)
 
         # --- log-probs of the reference ---
@@ -229,12 +231,12 @@ def main(config: Config) -> None:
         # --- update ---
         for micro in batch.microbatches(batch["row"], config.tokens_per_microbatch, together=2):
             with accelerator.autocast():
-                logp, _ = token_logprobs(policy, micro, config.temperature)  # [2n, t]
-            loss, stats = objective(
-                logp, micro["ref_logp"] if reference else None, micro.response_mask, config.pairs_per_step
-            )
+                logp, _ = policy(micro, config.temperature)  # [2n, t]
+            ref_logp = micro["ref_logp"] if reference else None
+            loss, stats = objective(logp, ref_logp, micro.response_mask, config.pairs_per_step)
             accelerator.backward(loss)
-            run.collect(torch.ones_like(stats["margin"], dtype=torch.bool), loss, **stats)  # means over pairs
+            each_pair = torch.ones_like(stats["margin"], dtype=torch.bool)  # [n, 1] means are over pairs, not tokens
+            run.collect(each_pair, loss, **stats)
         sum_gradients(accelerator, parameters)
         grad_norm = accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -246,8 +248,35 @@ def main(config: Config) -> None:
         run.log(step, 1, tokens=tokens, grad_norm=grad_norm.item(), lr=config.lr)
         if run.due(config.eval_every, step):
             evaluate(step)
-        run.end_step(step, tokenizer, **state)
+        run.end_step(step)
     run.finish()
+
+
+def check_flags(config: Config) -> None:
+    """End the run at flags that would be ignored."""
+    if config.data:
+        names = ("task", "sampler", "pairs", "pair_prompts", "group_size")
+        refuse_changed(config, names, "is for pairs of the model's own responses; drop it, or drop --data")
+    if config.objective != "simpo":
+        refuse_changed(config, ("gamma",), "is for --objective simpo; drop it, or add that")
+
+
+def check_pairs(train: list[dict], held_out: list[dict]) -> None:
+    """End the run if there is nothing to learn from, or nothing to evaluate on."""
+    if not train or not held_out:
+        fail(
+            f"{len(train)} pairs to learn from, {len(held_out)} held out: each takes a right response and a wrong "
+            "(long2short: or longer) one; try another --task, or more questions"
+        )
+
+
+def show_pairs(train: list[dict], held_out: list[dict], config: Config, tokenizer) -> None:
+    """Print what a run is about to learn from."""
+    times = config.steps * config.pairs_per_step / len(train)
+    print(f"{len(train)} pairs to learn from, {times:.1f} times each; {len(held_out)} held out; the first one:")
+    print(tokenizer.decode(train[0]["prompt_ids"]))
+    print(f"  chosen: {train[0]['chosen']}")
+    print(f"  rejected: {train[0]['rejected']}")
 
 
 if __name__ == "__main__":

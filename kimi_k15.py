@@ -29,36 +29,32 @@ starting model. Kept from it: gradients clipped to norm 1. Left out: partial rol
         On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1, kl_old and response_length.
 """
 
+import math
+import random
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from accelerate import Accelerator
 
-from data import ChoosingDraw, load_prompts
+from data import draw, load_prompts, stop_strings
+from logprobs import batch_logprobs, load_policy
+from plumbing.fail import fail
+from plumbing.flags import RunConfig, parse
+from plumbing.processes import gather, sum_gradients
+from plumbing.run import Run
 from rewards import parse_weights, score, total
-from rollout import batch_logprobs, check_sampler, load_model, make_sampler, token_logprobs
-from run import Run, parse, sum_gradients
+from rollout import check_sampler, make_sampler
 
 
 @dataclass
-class Config:
-    model: str = "tiny"  # Hugging Face folder or Hub name of the policy to train
-    task: str = "arithmetic"  # arithmetic, countdown, gsm8k, math, qa; levels as in arithmetic:3-6
-    data: tuple[str, ...] = ()  # JSONL file or Hub set of questions and answers; a second one is held out
-    template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question becomes a prompt
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # what writes the responses
+class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumbing/flags.py
     rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards of rewards.py with their weights
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
     group_size: int = 8  # G: responses per question
-    max_prompt_tokens: int = 512  # longer prompts are left out, tokens
     max_new_tokens: int = 64  # longest response |o|, tokens
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     epochs: int = 2  # passes over each rollout
     minibatches: int = 1  # updates per pass
-    tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
-    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     tau: float = 0.1  # tau: weight of the squared log-ratio of a response, a sum over its tokens
     tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
@@ -66,13 +62,66 @@ class Config:
     length_from: int = 40  # step from which on it counts; the paper, too, begins without
     curriculum: int = 0  # steps until all questions are drawn, easy ones first; 0: all from the start
     prioritised: bool = False  # draw questions in proportion to 1 - their success rate so far
-    eval_every: int = 20  # steps between evaluations; 0: only before and after
-    eval_prompts: int = 128  # held-out questions per evaluation
-    save_every: int = 50  # steps between checkpoints; 0: only at the end
-    seed: int = 0  # of prompts, samples and minibatches
-    out: str = ""  # folder of the run; empty: runs/<script>-<time>
-    resume: str = ""  # folder of an interrupted run to continue exactly
-    track: Literal["", "wandb", "tensorboard", "trackio"] = ""  # also log there
+
+
+# --- questions ---
+
+
+class SuccessRates:
+    """The share of right responses to each question in the whole run; it is saved with the run."""
+
+    def __init__(self):
+        self.counts = {}  # question -> [right responses, responses]
+
+    def record(self, examples: list[dict], accuracy: list[float]) -> None:
+        """Count the responses of a step, those of all processes: so each one draws the same questions."""
+        questions = [example["question"] for example in examples]
+        for question, x in gather(list(zip(questions, accuracy, strict=True))):
+            right, responses = self.counts.get(question, (0, 0))
+            self.counts[question] = [right + (x == 1), responses + 1]
+
+    def of(self, example: dict) -> float:
+        """The success rate of a question; 0 if it was never drawn."""
+        right, responses = self.counts.get(example["question"], (0, 1))
+        return right / responses
+
+    def state_dict(self) -> dict:
+        return self.counts
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts = state
+
+
+def easy_first(examples: list[dict], n: int, step: int, steps: int) -> list[dict]:
+    """The easiest questions by their level: a share step/steps of all, but at least n; from step `steps` on, all."""
+    if step >= steps:
+        return examples
+    if any("level" not in example for example in examples):
+        fail("--curriculum needs questions with a level; drop it, or use a procedural --task")
+    size = max(n, math.ceil(len(examples) * step / steps))
+    return sorted(examples, key=lambda example: example["level"])[:size]
+
+
+def draw_weighted(examples: list[dict], weights: list[float], n: int, seed: int, step: int) -> list[dict]:
+    """`n` different examples drawn one by one, each time in proportion to the weights of those that are left.
+
+    An example of weight 0 comes only where there are not enough others.
+    """
+    # Example i arrives after a time that is exponential with rate w_i; the first n to arrive are such a draw.
+    rng = random.Random(f"draw weighted {seed} {step}")
+    arrivals = []
+    for i, weight in enumerate(weights):
+        time = rng.expovariate(1.0) / weight if weight > 0 else math.inf
+        arrivals.append((time, rng.random(), i))  # the second number decides between equal times
+    return [examples[i] for _, _, i in sorted(arrivals)[:n]]
+
+
+def choose(examples: list[dict], rates: SuccessRates, n: int, config: Config, step: int) -> list[dict]:
+    """The n questions of a step: of the easy ones first; if prioritised, in proportion to 1 - success rate."""
+    pool = easy_first(examples, n, step, config.curriculum)
+    if config.prioritised:
+        return draw_weighted(pool, [1 - rates.of(example) for example in pool], n, config.seed, step)
+    return draw(pool, n, config.seed, step)
 
 
 # --- advantage ---
@@ -137,34 +186,30 @@ def policy_loss(
 
 
 def main(config: Config) -> None:
-    cuda = torch.cuda.is_available()  # weights are in float32, arithmetic on a GPU in bf16
-    tracking = {"log_with": config.track or None, "project_dir": config.out or "runs"}
-    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", **tracking)
-    run = Run(config, accelerator)
+    run = Run(config)  # its folder, its log, and its processes, if there are several
+    accelerator = run.accelerator
     weights = parse_weights(config.rewards)
     check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
 
-    policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
+    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    state = {"policy": policy, "optimizer": optimizer}  # all that a run needs to go on later
-    state["draw"] = draw = ChoosingDraw(config.curriculum, config.prioritised)  # knows the success rates
+    rates = SuccessRates()
     train, test = load_prompts(config, tokenizer)
-    sampler = make_sampler(config, policy, tokenizer, accelerator)
-    if config.resume:
-        run.restore(**state)
+    stop = stop_strings(tokenizer, config.template)
+    sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
+    run.start(tokenizer, policy=policy, optimizer=optimizer, rates=rates)  # with --resume, from where the run had come to
     sampler.push(policy)
     responses_per_update = config.prompts_per_step * config.group_size // config.minibatches
     updates = config.epochs * config.minibatches
     if run.first_step == 1:
-        run.evaluate(0, sampler, test)
-        run.end_step(0, tokenizer, **state)
+        run.evaluate(0, sampler, test, weights)
+        run.end_step(0)
 
     for step in run.steps():
         # --- rollout: G responses to each question, from pi_i ---
-        questions = draw(train, config.prompts_per_step, config.seed, step)
-        questions = questions[accelerator.process_index :: accelerator.num_processes]  # this process's share
-        seed = 10**9 * accelerator.process_index + 10**6 * config.seed + step  # every step has its own random numbers
+        questions = run.share(choose(train, rates, config.prompts_per_step, config, step))  # of this process
+        seed = run.seed(step)  # every step has its own random numbers
         batch = sampler.generate([q["prompt_ids"] for q in questions], config.group_size, config.temperature, seed)
         sampler.sleep()
         run.lap("seconds_rollout")
@@ -178,7 +223,7 @@ def main(config: Config) -> None:
         examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
         rewards = batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
-        draw.record(examples, scores["accuracy"])
+        rates.record(examples, scores["accuracy"])
         if step >= config.length_from:  # in place: the reward that is logged
             rewards += config.length_weight * length_rewards(batch.lengths, scores["accuracy"], config.group_size)
         batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
@@ -190,7 +235,7 @@ def main(config: Config) -> None:
             for rows in batch.minibatch_rows(config.minibatches, seed + epoch):
                 for micro in batch.microbatches(rows, config.tokens_per_microbatch):
                     with accelerator.autocast():
-                        logp, entropy = token_logprobs(policy, micro, config.temperature)  # [b, t]
+                        logp, entropy = policy(micro, config.temperature)  # [b, t] each
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
                     gap = old_logp - micro.sampler_logp  # [b, t] what rounding does
                     weight = gap.sum(1, keepdim=True).exp().clamp(max=config.tis) if config.tis else 1.0  # [b, 1]
@@ -211,10 +256,10 @@ def main(config: Config) -> None:
         # --- log, evaluate, save ---
         run.log(step, updates, batch, scores, grad_norm=torch.stack(grad_norms).mean().item(), lr=config.lr)
         if step == 1 or run.due(config.eval_every, step):
-            run.samples(step, batch, examples, scores)
+            run.samples(step, batch, examples, scores, advantage=batch["advantages"])
         if run.due(config.eval_every, step):
-            run.evaluate(step, sampler, test)
-        run.end_step(step, tokenizer, **state)
+            run.evaluate(step, sampler, test, weights)
+        run.end_step(step)
     run.finish()
 
 

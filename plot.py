@@ -2,31 +2,51 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tyro
-from matplotlib.figure import Figure  # not pyplot, which would change the plotting state of a notebook
 
-PANELS = [  # title, y axis, metric -> legend; several curves are compared by the first metric only
-    ("Held-out accuracy", "share", {"eval_pass@1": "one try", "eval_pass@8": "any of 8", "eval_accuracy": "greedy"}),
-    ("Reward in training", "mean reward", {"reward": "reward"}),
-    ("Response length", "tokens",
-     {"response_length": "all answers", "response_length_right": "right", "response_length_wrong": "wrong"}),
-    ("Thinking in the right format", "share of responses", {"reward/format": "format"}),
-    ("KL to the reference model", "nats per token", {"kl": "KL"}),
-    ("Entropy of the policy", "nats per token", {"entropy": "entropy"}),
-    ("Pairs in the right order", "share", {"eval_pair_accuracy": "held out"}),
-    ("Pairs: held-out implicit rewards", "reward",
-     {"eval_margin": "margin", "eval_reward_chosen": "chosen", "eval_reward_rejected": "rejected"}),
-    ("Pairs: loss", "nats", {"eval_loss": "held out"}),
-    ("Pairs: length", "tokens", {"eval_length_chosen": "chosen", "eval_length_rejected": "rejected"}),
-    ("Pairs: held-out log-probs", "nats", {"eval_logp_chosen": "chosen", "eval_logp_rejected": "rejected"}),
-    ("Training batch", "share", {"informative_groups": "informative groups", "truncated": "truncated"}),
-    ("Gradient norm", "norm", {"grad_norm": "norm"}),
-    ("Time per step", "seconds", {"seconds": "total", "seconds_rollout": "rollout", "seconds_update": "update"}),
+from plumbing.fail import fail
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class Panel(NamedTuple):
+    """Several curves are compared by the first of its metrics that they have."""
+
+    title: str
+    unit: str  # of the y axis
+    legends: dict[str, str]  # metric -> its name in the legend
+
+
+PANELS = [
+    Panel("Held-out accuracy", "share",
+          {"eval_pass@1": "one try", "eval_pass@8": "any of 8", "eval_accuracy": "greedy"}),
+    Panel("Reward in training", "mean reward", {"reward": "reward"}),
+    Panel("Response length", "tokens",
+          {"response_length": "all answers", "response_length_right": "right", "response_length_wrong": "wrong"}),
+    Panel("Thinking in the right format", "share of responses", {"reward/format": "format"}),
+    Panel("KL to the reference model", "nats per token", {"kl": "KL"}),
+    Panel("Entropy of the policy", "nats per token", {"entropy": "entropy"}),
+    Panel("Pairs in the right order", "share", {"eval_pair_accuracy": "held out"}),
+    Panel("Pairs: held-out implicit rewards", "reward",
+          {"eval_margin": "margin", "eval_reward_chosen": "chosen", "eval_reward_rejected": "rejected"}),
+    Panel("Pairs: loss", "nats", {"eval_loss": "held out"}),
+    Panel("Pairs: length", "tokens", {"eval_length_chosen": "chosen", "eval_length_rejected": "rejected"}),
+    Panel("Pairs: held-out log-probs", "nats", {"eval_logp_chosen": "chosen", "eval_logp_rejected": "rejected"}),
+    Panel("Training batch", "share", {"informative_groups": "informative groups", "truncated": "truncated"}),
+    Panel("Gradient norm", "norm", {"grad_norm": "norm"}),
+    Panel("Time per step", "seconds",
+          {"seconds": "total", "seconds_rollout": "rollout", "seconds_update": "update"}),
 ]  # fmt: skip
+WITHOUT_PANEL = ["eval_format", "eval_response_length"]
+MOST_PANELS = 9  # more on a page is illegible
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito: colour-blind safe
 STYLES = ["-", "--", ":"]
+SEEDS_FOR_STD = 5  # of fewer seeds the band shows the range
 
 
 def read_run(folder: Path) -> tuple[dict, dict]:
@@ -35,7 +55,7 @@ def read_run(folder: Path) -> tuple[dict, dict]:
         config = {"script": "run", **json.loads((folder / "config.json").read_text())}
         lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
     except (OSError, ValueError, TypeError) as error:
-        raise SystemExit(f"{folder}: not a run with config.json and metrics.jsonl ({error})") from None
+        fail(f"{folder}: not a run with config.json and metrics.jsonl ({error})")
     metrics: dict[str, dict[int, float]] = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -44,78 +64,161 @@ def read_run(folder: Path) -> tuple[dict, dict]:
         except (ValueError, TypeError, AttributeError, KeyError):
             if number == len(lines):
                 break  # the run was stopped while it wrote this line
-            raise SystemExit(f"{folder}/metrics.jsonl:{number}: not a JSON object with a step") from None
+            fail(f"{folder}/metrics.jsonl:{number}: not a JSON object with a step")
         for name, value in record.items():
             if isinstance(value, int | float) and np.isfinite(value):
-                metrics.setdefault(name, {})[step] = value
+                metrics.setdefault(name, {})
+                metrics[name][step] = value
     if not metrics:
-        raise SystemExit(f"{folder}/metrics.jsonl: no metrics in it")
+        fail(f"{folder}/metrics.jsonl: no metrics in it")
     return config, metrics
 
 
+def differing_settings(configs: list[dict]) -> set[str]:
+    """What tells curves apart, save for settings that other scripts do not have."""
+    differing = set()
+    for a in configs:
+        for b in configs:
+            for key in a:
+                if key not in b and a["script"] != b["script"]:
+                    continue
+                if a[key] != b.get(key):
+                    differing.add(key)
+    return differing - {"script", "seed", "out", "resume", "track"}
+
+
 def curves(folders: list[Path]) -> dict[str, list[dict]]:
-    """Label -> seeds. A label names the script and what differs, save for settings that other scripts do not have."""
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    pairs = [(a, b) for a, _ in runs for b, _ in runs]
-    differing = {k for a, b in pairs for k in a if a[k] != b.get(k) and (k in b or a["script"] == b["script"])}
-    differing -= {"script", "seed", "out", "resume", "track"}
+    """Label -> the metrics of its seeds. A label names the script and the settings that differ."""
+    configs = []
+    all_metrics = []
+    for folder in dict.fromkeys(folders):  # a run given twice is one seed
+        config, metrics = read_run(folder)
+        configs.append(config)
+        all_metrics.append(metrics)
+    differing = differing_settings(configs)
     found: dict[str, list[dict]] = {}
-    for config, metrics in runs:
-        label = " ".join([config["script"], *(f"{k}={v}" for k, v in config.items() if k in differing)])
-        found.setdefault(label, []).append(metrics)
+    for config, metrics in zip(configs, all_metrics, strict=True):
+        label = config["script"]
+        for key, value in config.items():
+            if key in differing:
+                label += f" {key}={value}"
+        found.setdefault(label, [])
+        found[label].append(metrics)
     return found
 
 
-def draw_line(ax, seeds: list[dict], name: str, label: str, colour: str, style: str) -> None:
+def draw_line(ax: "Axes", seeds: list[dict], name: str, label: str, colour: str, style: str) -> None:
     """The mean of several seeds and their band; or each step of one run, thin, under the running mean, bold."""
-    steps = sorted(set.intersection(*(set(metrics.get(name, {})) for metrics in seeds)))  # a mean over fewer would jump
+    shared = set(seeds[0].get(name, {}))  # steps of all seeds; a mean over fewer would jump
+    for metrics in seeds[1:]:
+        shared &= set(metrics.get(name, {}))
+    steps = sorted(shared)
     values = np.array([[metrics[name][step] for step in steps] for metrics in seeds])  # [seeds, steps]
-    line, marker = values.mean(0), "o" if name.startswith("eval_") or len(steps) == 1 else ""
+    line = values.mean(0)
+    is_evaluation = name.startswith("eval_")  # a mean over many problems already, so not smoothed
     if len(seeds) > 1:
-        std = values.std(0, ddof=1)
-        low, high = (line - std, line + std) if len(seeds) >= 5 else (values.min(0), values.max(0))
+        low, high = band(values)
         ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-    elif not name.startswith("eval_"):  # an evaluation is a mean over many problems already
+    elif not is_evaluation:
         ax.plot(steps, line, color=colour, alpha=0.35, linewidth=0.8)
-        k = len(line) // 30
-        line = [line[max(0, i - k) : i + k + 1].mean() for i in range(len(line))]
+        line = running_mean(line)
+    marker = ""
+    if is_evaluation or len(steps) == 1:
+        marker = "o"
     ax.plot(steps, line, style, color=colour, linewidth=2.5, marker=marker, label=label)
 
 
-def figure(folders: list[Path]) -> Figure:
+def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Its lower and its upper edge, for values of shape [seeds, steps]."""
+    if len(values) < SEEDS_FOR_STD:
+        return values.min(0), values.max(0)
+    mean = values.mean(0)
+    std = values.std(0, ddof=1)
+    return mean - std, mean + std
+
+
+def running_mean(values: np.ndarray) -> list[float]:
+    """Each value's mean with its neighbours, a thirtieth of all on each side."""
+    k = len(values) // 30
+    means = []
+    for i in range(len(values)):
+        start = max(0, i - k)
+        means.append(values[start : i + k + 1].mean())
+    return means
+
+
+def choose_panels(names: list[str]) -> list[Panel]:
+    """Those of PANELS that have data, and then one for each metric that is in none of them."""
+    panels = []
+    known = set(WITHOUT_PANEL)
+    for panel in PANELS:
+        known.update(panel.legends)
+        if any(name in names for name in panel.legends):
+            panels.append(panel)
+    for name in names:
+        if name not in known:
+            panels.append(Panel(name, "value", {name: name}))
+    return panels[:MOST_PANELS]
+
+
+def draw_panel(ax: "Axes", panel: Panel, found: dict[str, list[dict]], names: list[str]) -> None:
+    """One panel with all curves: of a single one all metrics of the panel, of several one metric."""
+    shown = [name for name in panel.legends if name in names]
+    if len(found) > 1:
+        shown = shown[:1]
+    for i, seeds in enumerate(found.values()):
+        for j, name in enumerate(shown):
+            colour = COLOURS[(i + j) % len(COLOURS)]
+            style = STYLES[(i // len(COLOURS) + j) % len(STYLES)]
+            draw_line(ax, seeds, name, panel.legends[name], colour, style)
+    title = panel.title
+    pad = 8
+    if len(shown) > 1:
+        pad = 28  # the legend stands above the panel, where it hides no data
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=12, frameon=False, columnspacing=1)
+    elif len(panel.legends) > 1:
+        title += f", {panel.legends[shown[0]]}"
+    ax.set_title(title, fontsize=15, pad=pad)
+    ax.set_xlabel("step", fontsize=13)
+    ax.set_ylabel(panel.unit, fontsize=13)
+    ax.tick_params(labelsize=12)
+    ax.locator_params(axis="x", nbins=5, integer=True, min_n_ticks=1)
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.grid(alpha=0.3)
+    if panel.unit.startswith("share"):
+        ax.set_ylim(-0.03, 1.03)
+
+
+def heading(label: str, seeds: list[dict]) -> str:
+    """What the legend of the page says of a curve."""
+    if len(seeds) == 1:
+        return f"{label} (bold: running mean)"
+    if len(seeds) < SEEDS_FOR_STD:
+        return f"{label} ({len(seeds)} seeds, band: min to max)"
+    return f"{label} ({len(seeds)} seeds, band: mean ± 1 std)"
+
+
+def figure(folders: list[Path]) -> "Figure":
     """The runs in these folders on one page, to show in a notebook or to save."""
+    from matplotlib.figure import Figure  # not pyplot, which would change the plotting state of a notebook
+
     found = curves(folders)
-    names = dict.fromkeys(name for seeds in found.values() for metrics in seeds for name in metrics)
-    known = {"eval_format", "eval_response_length", *(name for panel in PANELS for name in panel[2])}
-    others = [(name, "value", {name: name}) for name in names if name not in known]
-    panels = [panel for panel in PANELS + others if any(name in names for name in panel[2])][:9]  # more is illegible
-    rows, columns = (len(panels) + 2) // 3, min(3, len(panels))
-    page = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.3 * len(found) + 0.2), layout="constrained")
-    for place, (title, unit, legends) in enumerate(panels, 1):
+    names = []  # of all metrics
+    for seeds in found.values():
+        for metrics in seeds:
+            names += [name for name in metrics if name not in names]
+    panels = choose_panels(names)
+    rows = (len(panels) + 2) // 3
+    columns = min(3, len(panels))
+    width = 4.6 * columns
+    height = 3.2 * rows + 0.3 * len(found) + 0.2
+    page = Figure(figsize=(width, height), layout="constrained")
+    for place, panel in enumerate(panels, 1):
         ax = page.add_subplot(rows, columns, place)
-        shown = [name for name in legends if name in names][: None if len(found) == 1 else 1]
-        for i, seeds in enumerate(found.values()):
-            for j, name in enumerate(shown):
-                draw_line(ax, seeds, name, legends[name], COLOURS[(i + j) % 7], STYLES[(i // 7 + j) % 3])
-        if len(shown) > 1:  # above the panel, where it hides no data
-            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=12, frameon=False, columnspacing=1)
-        elif len(legends) > 1:
-            title += f", {legends[shown[0]]}"
-        ax.set_title(title, fontsize=15, pad=28 if len(shown) > 1 else 8)
-        ax.set_xlabel("step", fontsize=13)
-        ax.set_ylabel(unit, fontsize=13)
-        ax.tick_params(labelsize=12)
-        ax.locator_params(axis="x", nbins=5, integer=True, min_n_ticks=1)
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.grid(alpha=0.3)
-        if unit.startswith("share"):
-            ax.set_ylim(-0.03, 1.03)
-    heads = []
-    for label, seeds in found.items():
-        band = "mean ± 1 std" if len(seeds) >= 5 else "min to max"
-        heads.append(label + (f" ({len(seeds)} seeds, band: {band})" if len(seeds) > 1 else " (bold: running mean)"))
-    lines = page.axes[0].get_legend_handles_labels()[0][: len(heads)]
-    page.legend(lines, heads, loc="outside upper center", fontsize=14, frameon=False)
+        draw_panel(ax, panel, found, names)
+    headings = [heading(label, seeds) for label, seeds in found.items()]
+    lines, _ = page.axes[0].get_legend_handles_labels()  # with several curves one line each, else one per metric
+    page.legend(lines[: len(headings)], headings, loc="outside upper center", fontsize=14, frameon=False)
     return page
 
 
@@ -127,9 +230,9 @@ def draw(folders: tyro.conf.Positional[list[Path]], out: Path = Path("curves.png
         out: The picture to write; its ending gives the format: .png, .pdf or .svg.
     """
     if not folders:
-        raise SystemExit("usage: python plot.py runs/a [runs/b ...] [--out curves.png]")
+        fail("usage: python plot.py runs/a [runs/b ...] [--out curves.png]")
     if out.suffix not in (".png", ".pdf", ".svg") or not out.parent.is_dir():
-        raise SystemExit(f"--out {out}: must end in .png, .pdf or .svg and lie in a folder that exists")
+        fail(f"--out {out}: must end in .png, .pdf or .svg and lie in a folder that exists")
     figure(folders).savefig(out, dpi=90)
 
 

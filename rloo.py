@@ -21,47 +21,33 @@ responses it soon leaves the clip range.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from accelerate import Accelerator
 
-from data import draw, load_prompts
+from data import draw, load_prompts, stop_strings
+from logprobs import batch_logprobs, load_policy
+from plumbing.flags import RunConfig, parse
+from plumbing.processes import sum_gradients
+from plumbing.run import Run
 from rewards import parse_weights, score, total
-from rollout import batch_logprobs, check_sampler, load_model, make_sampler, token_logprobs
-from run import Run, parse, sum_gradients
+from rollout import check_sampler, make_sampler
 
 
 @dataclass
-class Config:
-    model: str = "tiny"  # Hugging Face folder or Hub name of the policy to train
-    task: str = "arithmetic"  # arithmetic, countdown, gsm8k, math, qa; levels as in arithmetic:3-6
-    data: tuple[str, ...] = ()  # JSONL file or Hub set of questions and answers; a second one is held out
-    template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question becomes a prompt
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # what writes the responses
+class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumbing/flags.py
     rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards of rewards.py with their weights
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
     group_size: int = 8  # G: responses per question
-    max_prompt_tokens: int = 512  # longer prompts are left out, tokens
     max_new_tokens: int = 64  # longest response |o|, tokens
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     epochs: int = 1  # mu: passes over each rollout
     minibatches: int = 1  # updates per pass
-    tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
-    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
     tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
-    eval_every: int = 20  # steps between evaluations; 0: only before and after
-    eval_prompts: int = 128  # held-out questions per evaluation
-    save_every: int = 50  # steps between checkpoints; 0: only at the end
-    seed: int = 0  # of prompts, samples and minibatches
-    out: str = ""  # folder of the run; empty: runs/<script>-<time>
-    resume: str = ""  # folder of an interrupted run to continue exactly
-    track: Literal["", "wandb", "tensorboard", "trackio"] = ""  # also log there
 
 
 # --- advantage ---
@@ -106,34 +92,30 @@ def policy_loss(
 
 
 def main(config: Config) -> None:
-    cuda = torch.cuda.is_available()  # weights are in float32, arithmetic on a GPU in bf16
-    tracking = {"log_with": config.track or None, "project_dir": config.out or "runs"}
-    accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", **tracking)
-    run = Run(config, accelerator)
+    run = Run(config)  # its folder, its log, and its processes, if there are several
+    accelerator = run.accelerator
     weights = parse_weights(config.rewards)
     check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
 
-    policy, tokenizer = load_model(config.model, accelerator.device, config.gradient_checkpointing)
-    reference = load_model(config.model, accelerator.device)[0] if config.beta else None
+    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
+    reference = policy.reference() if config.beta else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    state = {"policy": policy, "optimizer": optimizer}  # all that a run needs to go on later
     train, test = load_prompts(config, tokenizer)
-    sampler = make_sampler(config, policy, tokenizer, accelerator)
-    if config.resume:
-        run.restore(**state)
+    stop = stop_strings(tokenizer, config.template)
+    sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
+    run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume, from where the run had come to
     sampler.push(policy)
     responses_per_update = config.prompts_per_step * config.group_size // config.minibatches
     updates = config.epochs * config.minibatches
     if run.first_step == 1:
-        run.evaluate(0, sampler, test)
-        run.end_step(0, tokenizer, **state)
+        run.evaluate(0, sampler, test, weights)
+        run.end_step(0)
 
     for step in run.steps():
         # --- rollout: G responses to each question, from pi_old ---
-        questions = draw(train, config.prompts_per_step, config.seed, step)
-        questions = questions[accelerator.process_index :: accelerator.num_processes]  # this process's share
-        seed = 10**9 * accelerator.process_index + 10**6 * config.seed + step  # every step has its own random numbers
+        questions = run.share(draw(train, config.prompts_per_step, config.seed, step))  # of this process
+        seed = run.seed(step)  # every step has its own random numbers
         batch = sampler.generate([q["prompt_ids"] for q in questions], config.group_size, config.temperature, seed)
         sampler.sleep()
         run.lap("seconds_rollout")
@@ -161,7 +143,7 @@ def main(config: Config) -> None:
                     rows = rows[batch["advantages"][rows] != 0]
                 for micro in batch.microbatches(rows, config.tokens_per_microbatch):
                     with accelerator.autocast():
-                        logp, entropy = token_logprobs(policy, micro, config.temperature)  # [b, t]
+                        logp, entropy = policy(micro, config.temperature)  # [b, t] each
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
                     gap = old_logp - micro.sampler_logp  # [b, t] what rounding does
                     weight = gap.sum(1, keepdim=True).exp().clamp(max=config.tis) if config.tis else 1.0  # [b, 1]
@@ -183,10 +165,10 @@ def main(config: Config) -> None:
         # --- log, evaluate, save ---
         run.log(step, updates, batch, scores, grad_norm=torch.stack(grad_norms).mean().item(), lr=config.lr)
         if step == 1 or run.due(config.eval_every, step):
-            run.samples(step, batch, examples, scores)
+            run.samples(step, batch, examples, scores, advantage=batch["advantages"])
         if run.due(config.eval_every, step):
-            run.evaluate(step, sampler, test)
-        run.end_step(step, tokenizer, **state)
+            run.evaluate(step, sampler, test, weights)
+        run.end_step(step)
     run.finish()
 
 

@@ -19,9 +19,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 @pytest.fixture(scope="session")
 def tiny():
     """(policy, tokenizer) of the shipped tiny model. Tests that change its weights take a copy."""
-    from rollout import load_model
+    from logprobs import load_policy
 
-    return load_model(str(ROOT / "tiny"), torch.device("cpu"))
+    return load_policy(str(ROOT / "tiny"), torch.device("cpu"))
 
 
 @pytest.fixture

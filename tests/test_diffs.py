@@ -1,6 +1,7 @@
-"""diff.py and the pages under docs/diffs: fresh, complete, counted right, and in need of nothing from elsewhere."""
+"""docs/diffs/make.py and its pages: fresh, complete, counted right, and in need of nothing from elsewhere."""
 
 import difflib
+import importlib.util
 import itertools
 import re
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 from conftest import ROOT
 from test_siblings import code_lines
 
-import diff
-
 FOLDER = ROOT / "docs" / "diffs"
 SCRIPTS = [s for s in ("grpo", "dr_grpo", "rloo", "kimi_k15", "ppo", "dpo") if (ROOT / f"{s}.py").exists()]
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
+
+spec = importlib.util.spec_from_file_location("diffs_make", FOLDER / "make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
 
 
 class Page(HTMLParser):
@@ -45,17 +48,17 @@ class Page(HTMLParser):
 
 
 def build(*arguments):
-    command = [sys.executable, str(ROOT / "diff.py"), *map(str, arguments)]
+    command = [sys.executable, str(FOLDER / "make.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_pages_are_fresh(tmp_path):
-    diff.main([], tmp_path)
+    make.main([], tmp_path)
     fresh = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert fresh.keys() == {f"{a}-{b}.html" for a, b in PAIRS} | {"index.html"}
     stale = [name for name in fresh if not (FOLDER / name).exists() or (FOLDER / name).read_bytes() != fresh[name]]
-    gone = {path.name for path in FOLDER.iterdir()} - fresh.keys()
-    assert not stale and not gone, f"run `python diff.py`: stale {stale}, of no pair {gone}"
+    gone = {path.name for path in FOLDER.iterdir()} - fresh.keys() - {"make.py", "__pycache__"}
+    assert not stale and not gone, f"run `python docs/diffs/make.py`: stale {stale}, of no pair {gone}"
     assert max(map(len, fresh.values())) < 400_000
 
 
@@ -99,7 +102,7 @@ def test_nothing_is_loaded(name):
 
 def test_marks_only_the_changed_words_and_escapes():
     def cell(line, other):
-        return diff.cell([line], [[""] * len(line)], 0, " class=old", other)
+        return make.cell([line], [[""] * len(line)], 0, " class=old", other)
 
     assert ">a &lt; <mark>b</mark> &amp; c</code>" in cell("a < b & c", "a < d & c")
     assert "<mark>one two</mark>" in cell("x one two", "x three four")  # with the space between
@@ -108,24 +111,32 @@ def test_marks_only_the_changed_words_and_escapes():
 
 def test_the_most_alike_lines_face_each_other():
     a, b = ["new = 1", "kl = 0", "loss = a * b * c"], ["loss = a * b * d"]
-    assert diff.align(a, b, range(3), range(1)) == [(0, None, False), (1, None, False), (2, 0, True)]
+    assert make.align(a, b, range(3), range(1)) == [(0, None, False), (1, None, False), (2, 0, True)]
 
 
 def test_strings_docstrings_and_f_strings():
     text = 'def f():\n    """Doc\n    # string"""\n    return f"a{1 + 1}b"  # end\n'
-    names = [[kind for kind, _ in itertools.groupby(line)] for line in diff.syntax(text)]
+    names = [[kind for kind, _ in itertools.groupby(line)] for line in make.syntax(text)]
     assert names == [["k", "", "d", ""], ["", "doc"], ["doc"], ["", "k", "", "s", "", "c"]]
-    assert diff.count(text, text.replace("Doc", "Other").replace("end", "begin")) == [0, 0]
-    assert diff.count(text, text.replace("1 + 1", "1 + 2") + "x = 1\n") == [1, 2]
+    assert make.count(text, text.replace("Doc", "Other").replace("end", "begin")) == [0, 0]
+    assert make.count(text, text.replace("1 + 1", "1 + 2") + "x = 1\n") == [1, 2]
 
 
 def test_a_file_of_ones_own(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text((ROOT / "grpo.py").read_text().replace("1e-4)", "1e-6)"))
-    diff.main([str(ROOT / "grpo.py"), str(mine)], tmp_path / "pages")
+    make.main([str(ROOT / "grpo.py"), str(mine)], tmp_path / "pages")
     (path,) = (tmp_path / "pages").iterdir()
     text = path.read_text()
     assert path.name == "grpo-mine.html" and "<mark>" in text and ": 2 changed lines of code" in text
+
+
+def test_a_script_is_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "rloo.py").write_text("x = 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert make.find("grpo.py") == ROOT / "grpo.py"
+    assert make.find("rloo.py").samefile(tmp_path / "rloo.py"), "a file of one's own comes first"
+    assert make.find("no_such_file.py") == make.Path("no_such_file.py")
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -134,6 +145,6 @@ def test_bad_input_is_one_line(tmp_path):
     bad = [["grpo.py"], ["--help"], ["grpo.py", "no_such_file.py"], ["grpo.py", tmp_path]]
     for arguments in [*bad, ["grpo.py", tmp_path / "broken.py"], ["grpo.py", tmp_path / "binary.py"]]:
         result = build(*arguments)
-        assert result.returncode == 1 and not result.stdout, arguments
+        assert result.returncode == 2 and not result.stdout, arguments
         assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr, result.stderr
     assert "no_such_file.py" in build("grpo.py", "no_such_file.py").stderr

@@ -57,6 +57,13 @@ def test_drawing_does_not_touch_pyplot(tmp_path):
     assert done.stdout == "False\n", done.stderr
 
 
+def test_importing_does_not_import_matplotlib():
+    code = "import sys, plot; print('matplotlib' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(plot.__file__).parent, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_one_run_shows_every_evaluation_unsmoothed_and_only_panels_with_data(tmp_path):
     page = plot.figure([make_run(tmp_path / "a")])
     assert list(panels(page)) == ["Held-out accuracy", "Reward in training", "Time per step, total"]
@@ -188,7 +195,7 @@ def test_a_bad_out_is_refused_before_the_runs_are_read(tmp_path, name):
 def test_the_command_line(tmp_path):
     script = [sys.executable, plot.__file__]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("usage: python plot.py runs/a")
+    assert done.returncode == 2 and done.stderr.startswith("usage: python plot.py runs/a")
     make_run(tmp_path / "a")
     subprocess.run([*script, "a", "--out", "b.png"], cwd=tmp_path, check=True)
     assert imread(tmp_path / "b.png").size

@@ -1,0 +1,222 @@
+"""The policy and the value network: loading a model, and what it says about each token of a batch of responses."""
+
+import copy
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from batch import Rollouts
+from plumbing.fail import fail
+from plumbing.packing import can_pack, packed_states, use_packed_attention
+
+LOGITS_AT_ONCE = 2**25  # logits that stand in memory together: 128 MiB in float32, whatever B, T and the vocabulary
+
+
+# --- the policy ---
+
+
+class Policy(torch.nn.Module):
+    """The policy pi, a language model; called with a batch of responses, it gives their log-probs.
+
+    `model` is the language model as Transformers made it: the Hugging Face sampler calls it, vLLM takes its weights.
+    """
+
+    def __init__(self, model, gradient_checkpointing: bool = False):
+        super().__init__()
+        self.model = model
+        use_packed_attention(model)  # so that the update need not compute on padding
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forward(self, batch: Rollouts, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the response tokens, [B, T] each: see token_logprobs."""
+        return token_logprobs(self.model, batch, temperature)
+
+    def reference(self) -> "Policy":
+        """A frozen copy of the policy as it is now: called before training, pi_ref."""
+        reference = Policy(copy.deepcopy(self.model))
+        return reference.requires_grad_(False)
+
+
+def load_policy(path: str, device: torch.device, gradient_checkpointing: bool = False):
+    """(policy, tokenizer) of a Hugging Face folder, or of a name on the Hub."""
+    model, tokenizer = load_model(path, device)
+    return Policy(model, gradient_checkpointing), tokenizer
+
+
+def load_model(path: str, device: torch.device):
+    """(language model, tokenizer) of a Hugging Face folder, or of a name on the Hub.
+
+    The weights are in float32: in bfloat16 an update of 1e-6 would be lost to rounding.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # here, since --help would wait seconds for it
+
+    quieten_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        fail(f"--model {path} is no folder here, nor on the Hub: {first_line(error)}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.to(device)
+    model.eval()  # no dropout: sampler, old and current log-probs must be those of one function
+    if not logits_are_head_of_states(model, tokenizer.eos_token_id):
+        fail(f"--model {path}: it changes its logits after the LM head, which is not supported here")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def logits_are_head_of_states(model, token: int) -> bool:
+    """Whether the LM head on the states of the body gives the logits: token_logprobs applies it by itself."""
+    ids = torch.tensor([[token, token]], device=model.device)
+    states = model.base_model(ids).last_hidden_state
+    by_head = model.get_output_embeddings()(states)
+    return torch.allclose(by_head, model(ids).logits, atol=1e-3)
+
+
+def quieten_transformers() -> None:
+    """No progress bars of loading beside that of the training, and no reports about heads that are not loaded."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+# --- log-probs ---
+
+
+def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the response tokens, with gradient, and entropies in nats, without: [B, T] float32, 0 off the mask.
+
+    Taken at the sampling temperature: the policy that acted is softmax(logits / temperature). The LM head runs on
+    response positions only and in chunks, so the logits [B, T, V] never stand in memory.
+    """
+    hidden = response_states(model.base_model, batch)  # [N, H] N response tokens
+    targets = batch.response_ids[batch.response_mask]  # [N]
+    head = model.get_output_embeddings()
+    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    logps = []
+    entropies = []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        if len(targets) > chunk:  # the logits of a chunk are not kept for the backward pass, but computed again
+            logp, entropy = checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
+        else:
+            logp, entropy = head_logprobs(head, h, y, temperature)
+        logps.append(logp)
+        entropies.append(entropy)
+    logp = on_mask(torch.cat(logps), batch.response_mask)  # [B, T]
+    entropy = on_mask(torch.cat(entropies), batch.response_mask)  # [B, T]
+    return logp, entropy
+
+
+def head_logprobs(head, hidden, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each target and entropy of its distribution, [N] each, from hidden states [N, H]."""
+    log_p = (head(hidden).float() / temperature).log_softmax(-1)  # [N, V]
+    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)  # [N]
+    logp = log_p.gather(-1, targets[:, None]).squeeze(-1)  # [N]
+    return logp, entropy
+
+
+def on_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[N] values of the N response tokens -> [B, T], 0 off the mask."""
+    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+
+
+def response_states(body, batch: Rollouts) -> torch.Tensor:
+    """[N, H] states of a model's body that predict the N response tokens, row after row.
+
+    The state that predicts a token stands at the token before it, hence the shift by one.
+    """
+    for layer in body.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.training = torch.is_grad_enabled()  # or it would not checkpoint
+    if can_pack(body, batch):
+        return packed_states(body, batch)  # the same states, without computing on padding
+    positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L + T] padding on the left does not count
+    output = body(batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False)
+    T = batch.response_mask.shape[1]
+    return output.last_hidden_state[:, -T - 1 : -1][batch.response_mask]
+
+
+@torch.no_grad()
+def batch_logprobs(policy: Policy, batch: Rollouts, temperature: float, budget: int) -> torch.Tensor:
+    """[B, T] log-probs of a whole batch without gradient, computed in micro-batches of at most `budget` tokens."""
+    logp = torch.zeros_like(batch.sampler_logp)  # [B, T]
+    for micro in batch.microbatches(batch["row"], budget):
+        part, _ = policy(micro, temperature)  # [b, t]
+        logp[micro["row"], : part.shape[1]] = part
+    return logp
+
+
+# --- the value network ---
+
+
+class Value(torch.nn.Module):
+    """The value network V: the body of a causal language model, and a linear head that gives one number per token."""
+
+    def __init__(self, body, head: torch.nn.Linear | None = None):
+        """head: the trained head of a reward model or of another value network; without one V is 0 at first."""
+        super().__init__()
+        self.body = body
+        use_packed_attention(body)
+        self.head = torch.nn.Linear(body.config.get_text_config().hidden_size, 1)
+        self.head.weight.data.zero_()
+        self.head.bias.data.zero_()
+        if head is not None:
+            self.head.weight.data.copy_(head.weight)
+            if head.bias is not None:
+                self.head.bias.data.copy_(head.bias)
+
+    def forward(self, batch: Rollouts) -> torch.Tensor:
+        """V_t of the response tokens, with gradient: [B, T] float32, 0 off the mask. V_t is taken before token t."""
+        V = self.head(response_states(self.body, batch)).squeeze(-1)  # [N]
+        return on_mask(V.float(), batch.response_mask)
+
+
+def load_value(path: str, device: torch.device) -> Value:
+    """The value network that starts from a language model, or from a reward model together with its head.
+
+    The body is that of the class that the folder's config.json names, and the head is the linear layer beside it that
+    has one output, whatever its name.
+    """
+    import transformers
+
+    quieten_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        name = config.architectures[0] if config.architectures else "AutoModelForCausalLM"
+        if not hasattr(transformers, name):
+            fail(f"--value-model {path}: its config.json names the class {name}, which Transformers does not have")
+        model = getattr(transformers, name).from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        fail(f"--value-model {path} cannot be loaded: {first_line(error)}")
+    head = scalar_head(model)
+    if head is None and model.get_output_embeddings() is None:
+        fail(f"--value-model {path}: neither a language model nor a head with one output, as a reward model has")
+    value = Value(model.base_model, head)
+    value.to(device)
+    return value.eval()  # no dropout
+
+
+def scalar_head(model) -> torch.nn.Linear | None:
+    """The linear layer with one output that stands beside the body of a model, if there is one."""
+    body = set(model.base_model.modules())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.out_features == 1 and module not in body:
+            return module
+    return None
+
+
+@torch.no_grad()
+def batch_values(value: Value, batch: Rollouts, budget: int) -> torch.Tensor:
+    """[B, T] values of a whole batch without gradient, computed in micro-batches of at most `budget` tokens."""
+    values = torch.zeros_like(batch.sampler_logp)  # [B, T]
+    for micro in batch.microbatches(batch["row"], budget):
+        part = value(micro)  # [b, t]
+        values[micro["row"], : part.shape[1]] = part
+    return values

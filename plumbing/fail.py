@@ -1,0 +1,20 @@
+"""How a run ends because of a user's mistake: with one line that says what to do."""
+
+import os
+import sys
+from typing import NoReturn
+
+
+class UserError(SystemExit):
+    """Its text is the message; the process ends with status 2."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.code = 2  # SystemExit alone would take the message for the code, and end with status 1
+
+
+def fail(message: str) -> NoReturn:
+    """End the run. The message goes to standard error, once, however many processes there are."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    raise UserError(message)

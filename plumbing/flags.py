@@ -1,0 +1,117 @@
+"""The command line: the flags that all scripts share, --resume, and checks of what cannot be meant."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from plumbing.fail import fail
+
+
+@dataclass
+class RunConfig:
+    """What every script has and no equation names."""
+
+    model: str = "tiny"  # Hugging Face folder or Hub name of the policy to train
+    task: str = "arithmetic"  # arithmetic, arithmetic_words, countdown, gsm8k, math, qa; levels as in arithmetic:3-6
+    data: tuple[str, ...] = ()  # JSONL file or Hub set of questions and answers; a second one is held out
+    template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question becomes a prompt
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # what writes the responses
+    max_prompt_tokens: int = 512  # longer prompts are left out, tokens
+    tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
+    eval_every: int = 20  # steps between evaluations; 0: only before and after
+    eval_prompts: int = 128  # held-out questions per evaluation
+    save_every: int = 50  # steps between checkpoints; 0: only at the end
+    seed: int = 0  # of prompts, samples and minibatches
+    out: str = ""  # folder of the run; empty: runs/<script>-<time>
+    resume: str = ""  # folder of an interrupted run to continue exactly
+    track: Literal["", "wandb", "tensorboard", "trackio"] = ""  # also log there
+
+
+# --- reading the command line ---
+
+
+def parse(config_class):
+    """The configuration from the command line; with --resume DIR, flags not given are those of the run in DIR."""
+    own_flags_first(config_class)
+    config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
+    if not config.resume:
+        return config
+    saved = read_config(config_class, Path(config.resume))
+    config = tyro.cli(config_class, default=saved)
+    config = dataclasses.replace(config, out=config.resume)
+    may_change = {"steps": config.steps, "out": config.out, "resume": config.resume}
+    if config != dataclasses.replace(saved, **may_change):
+        fail("--resume goes on as the run began; of the other flags only --steps may change")
+    return config
+
+
+def own_flags_first(config_class) -> None:
+    """Put the script's own fields before those of RunConfig, so that --help begins with the objective's flags."""
+    fields = config_class.__dataclass_fields__
+    shared = RunConfig.__dataclass_fields__
+    own = {name: field for name, field in fields.items() if name not in shared}
+    others = {name: field for name, field in fields.items() if name in shared}
+    config_class.__dataclass_fields__ = own | others
+
+
+def read_config(config_class, folder: Path):
+    """The configuration of the run in a folder, which is to go on."""
+    if not (folder / "checkpoint.pt").exists():
+        fail(f"--resume {folder}: no checkpoint.pt is there to go on from; start a new run")
+    saved = json.loads((folder / "config.json").read_text())
+    if saved.pop("script") != Path(sys.argv[0]).stem:
+        fail(f"--resume {folder}: that run was made by another script")
+    if saved.keys() != config_class.__dataclass_fields__.keys():
+        fail(f"--resume {folder}: another version of this code made that run; start a new run")
+    for name, value in saved.items():
+        if isinstance(value, list):
+            saved[name] = tuple(value)  # JSON has no tuples
+    return config_class(**saved)
+
+
+# --- checks ---
+
+
+def check_config(config, processes: int) -> None:
+    """End the run, before any work, at a number that cannot be meant."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        low = least(field, processes)
+        if isinstance(value, int | float) and not value >= low:  # nan is not either
+            fail(f"{flag(field.name)} {value}: it must be at least {low}")
+    if not hasattr(config, "minibatches"):
+        return
+    responses = config.prompts_per_step * config.group_size
+    if config.prompts_per_step % processes or responses % (processes * config.minibatches):
+        fail("--prompts-per-step: give every process and every minibatch the same number of responses")
+
+
+def least(field: dataclasses.Field, processes: int) -> float:
+    """The smallest number that a field may hold."""
+    if field.name == "group_size":
+        return 2
+    if field.name == "temperature":
+        return 0.01
+    if field.name in ("eval_prompts", "pairs_per_step"):
+        return processes  # every process needs one
+    if field.default == 0 or "_every" in field.name:
+        return 0
+    return 0 if isinstance(field.default, float) else 1
+
+
+def refuse_changed(config, names: tuple[str, ...], why: str) -> None:
+    """End the run if one of these flags was given, since it would be ignored."""
+    for field in dataclasses.fields(config):
+        if field.name in names and getattr(config, field.name) != field.default:
+            fail(f"{flag(field.name)} {why}")
+
+
+def flag(name: str) -> str:
+    """The name of a field as it is on the command line."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,153 @@
+"""States of a model without computing on padding: all tokens of a batch stand in one row, the pack.
+
+Two prompts P Q and R S, with responses A B C, D E and F G:
+
+    rows, as in a padded batch    P Q A B C      the pack    P Q A B D R S F
+                                  P Q D E
+                                  R S F G
+
+The prompt of neighbouring rows stands in the pack once, and the last token of a response, which predicts nothing, not
+at all. Everything in a transformer but attention treats each token by itself, so it runs on the pack. Attention alone
+unpacks the rows: P Q A B, P Q D, R S F, padded on the right, where the causal mask hides the padding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from batch import Rollouts
+
+ATTENTION = "packed_sdpa"  # the name of our attention in Transformers' registry
+
+
+@dataclass
+class Pack:
+    """N tokens in one row, and where they belong."""
+
+    tokens: torch.Tensor  # [N]
+    positions: torch.Tensor  # [N] of each token in its row
+    rows: torch.Tensor  # [B, W] the places in the pack of each row's tokens; 0 where a row has ended
+    places: torch.Tensor  # [N] the places in rows.flatten() of the pack's tokens; of several rows, the first
+    states: list[int]  # the places in the pack whose states predict the response tokens, row after row
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, heads, N, d] -> [B, heads, W, d]"""
+        x = x[0].index_select(1, self.rows.flatten())  # [heads, B * W, d]
+        return x.unflatten(1, self.rows.shape).transpose(0, 1)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, W, heads, d] -> [1, N, heads, d]"""
+        return x.flatten(0, 1).index_select(0, self.places)[None]
+
+
+def make_pack(batch: Rollouts) -> Pack:
+    """The pack of a batch."""
+    input_ids = batch.input_ids.tolist()
+    prompt_index = batch.prompt_index.tolist()
+    prompt_lengths = batch.prompt_lengths.tolist()
+    response_lengths = batch.lengths.tolist()
+    L = batch.prompt_width
+    tokens = []
+    positions = []
+    owners = []  # the first row that each token of the pack belongs to
+    rows = []  # for each row, the places of its tokens in the pack
+    states = []
+    for i in range(len(input_ids)):
+        p = prompt_lengths[i]
+        r = response_lengths[i]
+        if i == 0 or prompt_index[i] != prompt_index[i - 1]:  # a new prompt; the rows after it share it
+            prompt_places = list(range(len(tokens), len(tokens) + p))
+            tokens += input_ids[i][L - p : L]
+            positions += range(p)
+            owners += [i] * p
+        response_places = list(range(len(tokens), len(tokens) + r - 1))  # the last token predicts nothing
+        tokens += input_ids[i][L : L + r - 1]
+        positions += range(p, p + r - 1)
+        owners += [i] * (r - 1)
+        places = prompt_places + response_places
+        rows.append(torch.tensor(places))
+        states += places[p - 1 :]  # from the last token of the prompt on
+    device = batch.input_ids.device
+    rows = pad_sequence(rows, batch_first=True).to(device)  # [B, W]
+    positions = torch.tensor(positions, device=device)  # [N]
+    owners = torch.tensor(owners, device=device)  # [N]
+    return Pack(
+        tokens=torch.tensor(tokens, device=device),
+        positions=positions,
+        rows=rows,
+        places=owners * rows.shape[1] + positions,
+        states=states,
+    )
+
+
+def packed_states(body, batch: Rollouts) -> torch.Tensor:
+    """[N, H] states of a model's body that predict the N response tokens of a batch."""
+    pack = make_pack(batch)
+    output = body(
+        input_ids=pack.tokens[None],  # [1, N]
+        position_ids=pack.positions[None],  # [1, N]
+        # Transformers leaves a mask with four dimensions as it is, and with a pack our attention takes no mask.
+        attention_mask=torch.zeros(1, 1, 1, 1, device=pack.tokens.device),
+        use_cache=False,
+        packing=pack,  # Transformers hands it on to the attention of every layer
+    )
+    return output.last_hidden_state[0, pack.states]
+
+
+def packed_attention(module, query, key, value, attention_mask, packing: Pack | None = None, **kwargs):
+    """Attention as Transformers computes it by default; given a pack, between the tokens of a row."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kwargs["is_causal"] = True
+    query = packing.unpack(query)  # [B, heads, W, d]
+    key = packing.unpack(key)
+    value = packing.unpack(value)
+    out, _ = sdpa_attention_forward(module, query, key, value, None, **kwargs)  # [B, W, heads, d]
+    return packing.pack(out), None
+
+
+def use_packed_attention(model) -> None:
+    """Give a model the attention that can take a pack; a model that does not look its attention up keeps its own."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without this line padding would be attended to
+    if model.config._attn_implementation == "sdpa":  # the default of most models; ours does the same without a pack
+        model.set_attn_implementation(ATTENTION)
+
+
+def can_pack(body, batch: Rollouts) -> bool:
+    """Whether packing changes no state: in this model tokens meet in attention only, and in ours."""
+    if not hasattr(body, "packs"):  # asked once per model
+        body.packs = body.config._attn_implementation == ATTENTION and packed_equals_alone(body)
+    if not body.packs:
+        return False
+    window = getattr(body.config.get_text_config(), "sliding_window", None)
+    return not window or batch.input_ids.shape[1] <= window  # beyond it attention would need a mask
+
+
+@torch.no_grad()
+def packed_equals_alone(body) -> bool:
+    """Whether the states of a small pack are those of its rows computed one by one."""
+    device = next(body.parameters()).device
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8], [9, 2, 1, 3, 5, 0]], device=device)  # 0 is padding
+    mask = (ids > 0).long()
+    batch = Rollouts(
+        input_ids=ids,
+        attention_mask=mask,
+        response_mask=mask[:, 3:].bool(),  # two responses to one prompt, and a shorter one to another
+        sampler_logp=torch.zeros(3, 3, device=device),
+        prompt_index=torch.tensor([0, 0, 1], device=device),
+        texts=[""] * 3,
+        finish_reasons=["stop"] * 3,
+    )
+    with torch.autocast(device.type, enabled=False):
+        alone = []
+        for row, real, p in zip(ids, mask.bool(), batch.prompt_lengths.tolist(), strict=True):
+            states = body(row[real][None], use_cache=False).last_hidden_state[0]
+            alone.append(states[p - 1 : -1])  # each state predicts the next token
+        return torch.allclose(packed_states(body, batch), torch.cat(alone), rtol=1e-3, atol=1e-3)

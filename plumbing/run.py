@@ -1,0 +1,298 @@
+"""One training run: its folder, its loop, what it logs and what it saves.
+
+A run leaves in its folder: config.json; metrics.jsonl, one line per step (step 0: the evaluation before training);
+samples.jsonl, training responses with rewards and advantages; held_out.jsonl, the same held-out questions at every
+evaluation, each with one response token by token; curves.png; checkpoint.pt, for --resume; model/, for others.
+"""
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+import plot
+from plumbing.checkpoint import load_checkpoint, save_checkpoint, save_model
+from plumbing.fail import fail
+from plumbing.flags import check_config
+from plumbing.processes import gather
+from rewards import evaluation_metrics, rollout_metrics, score
+
+SHOWN = 8  # training responses in samples.jsonl, and held-out questions in held_out.jsonl, each time
+
+
+class Run:
+    """One training run of a script, in one process or in several."""
+
+    def __init__(self, config):
+        cuda = torch.cuda.is_available()
+        self.config = config
+        self.accelerator = Accelerator(
+            cpu=not cuda,
+            mixed_precision="bf16" if cuda else "no",  # weights are in float32, arithmetic on a GPU in bf16
+            log_with=config.track or None,
+            project_dir=config.out or "runs",
+        )
+        self.main = self.accelerator.is_main_process
+        check_config(config, self.accelerator.num_processes)
+        self.first_step = 1
+        self.interrupted = False
+        self.record = {}  # the metrics of the present step
+        self.reset_totals()
+        self.make_folder()
+
+    def make_folder(self) -> None:
+        """Make the folder of the run, with config.json in it; a folder that has a run already is refused."""
+        script = Path(sys.modules[type(self.config).__module__].__file__).stem
+        self.folder = Path(self.config.out or f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if (self.folder / "metrics.jsonl").exists() and not self.config.resume:
+            fail(f"--out {self.folder}: a run is there; give another --out, or --resume {self.folder}")
+        fields = {"script": script, **dataclasses.asdict(self.config)}
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        settings = {name: str(value) for name, value in fields.items()}
+        self.accelerator.init_trackers(self.folder.name, config=settings)
+
+    # --- the loop ---
+
+    def start(self, tokenizer, policy, **others) -> None:
+        """Save these with the run from now on; with --resume, first give them the state in which they were saved."""
+        self.tokenizer = tokenizer
+        self.objects = {"policy": policy, **others}
+        if not self.config.resume:
+            return
+        self.first_step = load_checkpoint(self.folder, self.objects) + 1
+        if self.main:
+            for name in ("metrics.jsonl", "samples.jsonl", "held_out.jsonl"):
+                self.forget_later_lines(self.folder / name)
+
+    def forget_later_lines(self, path: Path) -> None:
+        """Drop what was logged after the checkpoint was saved, a half-written last line included."""
+        if not path.exists():
+            return
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < self.first_step]
+        path.write_text("".join(kept))
+
+    def steps(self):
+        """The steps still to do, with a progress bar. Ctrl-C ends the loop after the present step: nothing is lost."""
+        self.bar = tqdm(total=self.config.steps, initial=self.first_step - 1, disable=not self.main, unit="step")
+        previous = signal.signal(signal.SIGINT, self.interrupt)  # Ctrl-C
+        for step in range(self.first_step, self.config.steps + 1):
+            self.started = time.perf_counter()
+            self.last_lap = self.started
+            yield step
+            self.bar.update()
+            if any(gather([self.interrupted])):
+                break
+        signal.signal(signal.SIGINT, previous)
+        self.bar.close()
+
+    def interrupt(self, *_) -> None:
+        """What the first Ctrl-C does; a second one stops at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.main:
+            self.bar.write(f"stopping after this step (at once: Ctrl-C again); to go on: --resume {self.folder}")
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether what is done every so many steps, and after the last one, is due after this step."""
+        return step == self.config.steps or (every > 0 and step % every == 0)
+
+    def share(self, items: list) -> list:
+        """This process's share of what all processes do together."""
+        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def seed(self, step: int) -> int:
+        """A seed of its own for every process, run and step."""
+        return 10**9 * self.accelerator.process_index + 10**6 * self.config.seed + step
+
+    # --- metrics ---
+
+    def reset_totals(self) -> None:
+        self.loss = 0.0  # of all micro-batches
+        self.tokens = 0  # in all micro-batches
+        self.sums = {}  # metric -> its sum over these tokens
+        self.maxima = {}  # metric -> its maximum
+        self.seconds = {}  # part of the step -> how long it took
+
+    def lap(self, name: str) -> None:
+        """Log the seconds since the step began, or since the last lap, under this name."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self.last_lap
+        self.last_lap = now
+
+    def collect(self, mask: torch.Tensor, loss: torch.Tensor, **per_token: torch.Tensor) -> None:
+        """Add a micro-batch: its share of the loss, and [B, T] or [B, 1] tensors to average (*_max: the maximum)."""
+        self.loss += loss.detach()
+        self.tokens += mask.sum()
+        for name, x in per_token.items():
+            values = x.detach().expand_as(mask)[mask]  # [N] of the response tokens
+            if name.endswith("_max"):
+                self.maxima[name] = max(self.maxima.get(name, 0.0), values.max())
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + values.sum()
+
+    def log(self, step: int, updates: int, batch=None, scores: dict[str, list] | None = None, **metrics) -> None:
+        """Make the metrics of a step, over all processes: of its rollouts, of what was collected, and these.
+
+        updates: how many there were, each with a loss; batch, scores: the rollouts, if any, and their named rewards
+        """
+        self.record = {"step": step} | self.collected(updates)
+        if batch is not None:
+            self.record |= rollout_metrics(
+                gather(batch["rewards"].tolist()),
+                {name: gather(values) for name, values in scores.items()},
+                gather(batch.lengths.tolist()),
+                gather(batch.finish_reasons),
+                self.config.group_size,
+            )
+        self.record |= metrics | self.seconds
+        self.record["seconds"] = time.perf_counter() - self.started
+        self.reset_totals()
+        self.show_progress()
+
+    def collected(self, updates: int) -> dict:
+        """The metrics of all micro-batches of a step, in all processes."""
+        mine = {"loss": float(self.loss), "tokens": float(self.tokens), "sums": {}, "maxima": {}}
+        for name, x in self.sums.items():
+            mine["sums"][name] = float(x)
+        for name, x in self.maxima.items():
+            mine["maxima"][name] = float(x)
+        parts = gather([mine])  # one per process
+        loss = sum(part["loss"] for part in parts)
+        tokens = sum(part["tokens"] for part in parts)
+        averages = defaultdict(float)
+        maxima = defaultdict(float)
+        for part in parts:
+            for name, x in part["sums"].items():
+                averages[name] += x
+            for name, x in part["maxima"].items():
+                maxima[name] = max(maxima[name], x)
+        for name in averages:
+            averages[name] /= tokens
+        found = averages | maxima
+        record = {"loss": loss / updates, "tokens": int(tokens)}
+        return record | {name: found[name] for name in sorted(found)}
+
+    def show_progress(self) -> None:
+        """A few metrics beside the progress bar."""
+        shown = []
+        for name in ("loss", "reward", "accuracy", "response_length", "margin"):
+            if name in self.record:
+                shown.append(f"{name} {self.record[name]:.3g}")
+        rate = self.record["tokens"] / self.record["seconds"]
+        self.bar.set_postfix_str(f"{', '.join(shown)}, {rate:.0f} tokens/s")
+
+    def add_metrics(self, step: int, metrics: dict) -> None:
+        """Add these to the metrics of a step."""
+        self.record = {"step": step} | self.record | metrics
+
+    # --- evaluation and samples ---
+
+    def evaluate(self, step: int, sampler, examples: list[dict], rewards=(), k: int = 8, **per_token) -> None:
+        """Add held-out metrics: greedy accuracy, and pass@1 and pass@k from k samples at the training temperature.
+
+        rewards: the named rewards that held_out.jsonl has besides accuracy and format
+        per_token: more of what it has, each a function of a batch that gives [B, T] numbers
+        """
+        examples = self.share(examples)
+        prompts = [example["prompt_ids"] for example in examples]
+        greedy = sampler.generate(prompts, n=1, temperature=0.0, seed=0)
+        sampled = sampler.generate(prompts, n=k, temperature=self.config.temperature, seed=0)
+        greedy_scores = score(greedy.texts, examples, [])
+        examples_of_samples = [example for example in examples for _ in range(k)]
+        scores = score(sampled.texts, examples_of_samples, ["format"])
+        metrics = evaluation_metrics(
+            gather(greedy_scores["accuracy"]),
+            {name: gather(values) for name, values in scores.items()},
+            gather(sampled.lengths.tolist()),
+            k,
+        )
+        self.add_metrics(step, metrics)
+        if not self.main:
+            return
+        shown = [f"{name[5:]} {x:.2f}" for name, x in self.record.items() if name.startswith("eval_")]
+        sample = f"{examples[0]['question']!r} -> {sampled.texts[0]!r}"
+        tqdm.write(f"held out, after step {step}: {', '.join(shown)}\n    {sample}")
+        firsts = torch.arange(min(SHOWN, len(examples)), device=sampled.input_ids.device) * k  # a row per question
+        self.keep_held_out(step, sampled.select(firsts), examples[:SHOWN], rewards, per_token)
+
+    def keep_held_out(self, step: int, batch, examples: list[dict], rewards, per_token: dict) -> None:
+        """Append held-out responses to held_out.jsonl: text, tokens, numbers per token, rewards, finish reason."""
+        scores = score(batch.texts, examples, ["format", *rewards])
+        numbers = {"logp": batch.sampler_logp}  # of the distribution that was sampled
+        with torch.no_grad(), self.accelerator.autocast():
+            for name, function in per_token.items():
+                numbers[name] = function(batch)  # [B, T]
+        for i, example in enumerate(examples):
+            length = int(batch.lengths[i])
+            ids = batch.response_ids[i, :length].tolist()
+            record = {
+                "step": step,
+                "question": example["question"],
+                "answer": example["answer"],
+                "response": batch.texts[i],
+                "finish_reason": batch.finish_reasons[i],
+                "token_ids": ids,
+                "tokens": [self.tokenizer.decode([token]) for token in ids],
+            }
+            for name, x in numbers.items():
+                record[name] = x[i, :length].tolist()
+            for name, values in scores.items():
+                record[f"reward/{name}"] = values[i]
+            self.append("held_out.jsonl", record)
+
+    def samples(self, step: int, batch, examples: list[dict], scores: dict[str, list], **per_response) -> None:
+        """Append the first responses of a training batch to samples.jsonl, with their rewards and these numbers."""
+        if not self.main:
+            return
+        for i in range(min(SHOWN, len(batch.texts))):
+            record = {
+                "step": step,
+                "question": examples[i]["question"],
+                "answer": examples[i]["answer"],
+                "completion": batch.texts[i],
+                "finish_reason": batch.finish_reasons[i],
+                "reward": batch["rewards"][i].item(),
+            }
+            for name, x in per_response.items():
+                record[name] = x[i].tolist()
+            for name, values in scores.items():
+                record[f"reward/{name}"] = values[i]
+            self.append("samples.jsonl", record)
+
+    def append(self, name: str, record: dict) -> None:
+        """Add a line to a file of the run."""
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    # --- saving ---
+
+    def end_step(self, step: int) -> None:
+        """Write the step's line of metrics; if due, save the model, and the state of everything for --resume."""
+        known = {name: x for name, x in self.record.items() if x is not None}
+        self.accelerator.log(known, step=step)
+        if self.main:
+            self.append("metrics.jsonl", self.record)
+            if step > 0 and (self.interrupted or self.due(self.config.save_every, step)):
+                save_checkpoint(self.folder, step, self.objects)
+                save_model(self.folder, self.objects["policy"].model, self.tokenizer)
+                plot.draw([self.folder], self.folder / "curves.png")
+        self.record = {}
+
+    def finish(self) -> None:
+        """Say where everything is."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if self.accelerator.num_processes > 1:  # alone, the process group may be vLLM's, which ends it itself
+            torch.distributed.destroy_process_group()
+        if self.main:
+            print(f"model, metrics, samples and curves are in {self.folder}")
