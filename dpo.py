@@ -10,7 +10,7 @@ pi_ref is the model before training, sigma(z) = 1/(1 + exp(-z)). Maximise, avera
 If y_w is preferred with probability sigma(r(x, y_w) - r(x, y_l)) (Bradley-Terry, eq. 1), J with r for R trains a reward
 model. The policy best for r - beta KL(pi || pi_ref) is pi_ref exp(r/beta) / Z(x) (eq. 4); solved for r, that is
 R + beta log Z(x) (eq. 5), and Z(x), the same for both responses, cancels. So the pairs train the policy itself, as its
-own reward model, and it may go the further from pi_ref the smaller beta is:
+own reward model; the smaller beta is, the further it may move from pi_ref:
 
     grad J = beta sigma( R(x, y_l) - R(x, y_w) ) { grad log pi(y_w | x) - grad log pi(y_l | x) }
 
@@ -22,7 +22,7 @@ as long as log pi(y_l | x) falls more. log pi(y | x) is a sum over tokens, so lo
               J(theta) = log sigma( R(x, y_w) - R(x, y_l) - gamma )   gamma: the target reward margin (eq. 6)
 
 Kept from grpo.py: token log-probs, the reference, gradients clipped to norm 1. Gone: the sampler in the loop,
-advantages, ratio, clip. Without --data the pairs are the model's own answers: of G to a question, the first right one
+advantages, ratio, clip. Without --data the pairs are the model's own responses: of G to a question, the first right one
 against the first wrong one; or Kimi's long2short (arXiv 2501.12599, section 2.4), for a model that is right but too
 long. Left out: label smoothing, warm-up and decay of the learning rate, and fine-tuning on the chosen responses first,
 as the paper does where another model wrote them (sft.py).
@@ -156,9 +156,9 @@ def pair_stats(R, logp, mask) -> dict[str, torch.Tensor]:
 
 def main(config: Config) -> None:
     check_flags(config)
-    run = Run(config)  # its folder, its log, and its processes, if there are several
+    run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
-    check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
+    check_sampler(config.sampler)  # wrong flags end the run here, not in an hour
 
     policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
     reference = policy.reference() if config.objective != "simpo" else None
@@ -189,7 +189,7 @@ def main(config: Config) -> None:
     if reference:
         with accelerator.autocast():
             held_out["ref_logp"] = batch_logprobs(reference, held_out, config.temperature, config.tokens_per_microbatch)
-    run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume, from where the run had come to
+    run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume: as they were saved
 
     def objective(logp, ref_logp, mask, num_pairs):
         """The loss of --objective, with its own beta where none is given."""
@@ -220,7 +220,7 @@ def main(config: Config) -> None:
 
     for step in run.steps():
         # --- pairs, in place of a rollout ---
-        pairs = run.share(draw(train, config.pairs_per_step, config.seed, step))  # of this process
+        pairs = run.share(draw(train, config.pairs_per_step, config.seed, step))  # this process's share
         batch = pair_batch(pairs, tokenizer, accelerator.device)
 
         # --- log-probs of the reference ---

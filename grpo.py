@@ -60,7 +60,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """
     r = rewards.view(-1, group_size)  # [P, G]
     r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
-    mean, std = r.mean(dim=1, keepdim=True), r.std(dim=1, keepdim=True, correction=1)  # [P, 1] each
+    mean = r.mean(dim=1, keepdim=True)  # [P, 1]
+    std = r.std(dim=1, keepdim=True, correction=1)  # [P, 1]
     return ((r - mean) / (std + 1e-4)).flatten()  # [B]
 
 
@@ -108,10 +109,10 @@ def policy_loss(
 
 
 def main(config: Config) -> None:
-    run = Run(config)  # its folder, its log, and its processes, if there are several
+    run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
-    check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
+    check_sampler(config.sampler)  # wrong flags end the run here, not in an hour
 
     policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
     reference = policy.reference() if config.beta else None
@@ -120,7 +121,7 @@ def main(config: Config) -> None:
     train, test = load_prompts(config, tokenizer)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
-    run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume, from where the run had come to
+    run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume: as they were saved
     sampler.push(policy)
     responses_per_update = config.prompts_per_step * config.group_size // config.minibatches
     updates = config.epochs * config.minibatches
@@ -130,9 +131,10 @@ def main(config: Config) -> None:
 
     for step in run.steps():
         # --- rollout: G responses to each question, from pi_old ---
-        questions = run.share(draw(train, config.prompts_per_step, config.seed, step))  # of this process
+        questions = run.share(draw(train, config.prompts_per_step, config.seed, step))  # this process's share
         seed = run.seed(step)  # every step has its own random numbers
-        batch = sampler.generate([q["prompt_ids"] for q in questions], config.group_size, config.temperature, seed)
+        prompts = [question["prompt_ids"] for question in questions]
+        batch = sampler.generate(prompts, config.group_size, config.temperature, seed)
         sampler.sleep()
         run.lap("seconds_rollout")
 
@@ -146,7 +148,8 @@ def main(config: Config) -> None:
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
-        rewards = batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        rewards = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        batch["rewards"] = rewards
         batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
 
         # --- update: mu epochs over the rollout ---

@@ -5,8 +5,8 @@ of G responses y_1..y_G from pi_i (the paper's k). Maximise, averaged over quest
 
     E[ r ] - tau KL(pi || pi_i)                                                                                    (2)
 
-Its optimum is known up to a constant Z: it satisfies r - tau log Z = tau log(pi/pi_i) for every response, whoever
-wrote it. Hence a squared loss, which may be taken on samples of pi_i while pi moves on:
+Its optimum is known up to a constant Z: it satisfies r - tau log Z = tau log(pi/pi_i) for every y, so the samples may
+be off-policy. Hence a squared loss, taken on samples of pi_i while pi moves on:
 
     L(theta) = E[ (r - tau log Z - tau log( pi(y | x) / pi_i(y | x) ))^2 ],   y from pi_i
 
@@ -20,7 +20,8 @@ Several updates per iteration (--epochs, --minibatches); only from the second on
 the paper, and its scale depends on length: log(pi/pi_i) is a sum over tokens, larger for longer responses.
 Kept from the paper: the optimiser starts anew in every iteration; the length reward; easy questions first, then those
 that fail most (section 2.3.3). Gone from grpo.py: std, ratio, clip, the mean over tokens 1/|o_i|, the KL to the
-starting model. Kept from it: gradients clipped to norm 1. Left out: partial rollouts, and the learned reward models.
+starting model. Kept from it: gradients clipped to norm 1. Left out: partial rollouts, the learned reward models, and
+the two filters of section 2.1, which rate questions by a model's answers (too easy or too hard; right by a guess).
 
     python kimi_k15.py
         On a CPU, no download: a tiny model learns to think before it answers, and is right.
@@ -186,10 +187,10 @@ def policy_loss(
 
 
 def main(config: Config) -> None:
-    run = Run(config)  # its folder, its log, and its processes, if there are several
+    run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
-    check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
+    check_sampler(config.sampler)  # wrong flags end the run here, not in an hour
 
     policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
     parameters = list(policy.parameters())
@@ -198,7 +199,7 @@ def main(config: Config) -> None:
     train, test = load_prompts(config, tokenizer)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
-    run.start(tokenizer, policy=policy, optimizer=optimizer, rates=rates)  # with --resume, from where the run had come to
+    run.start(tokenizer, policy=policy, optimizer=optimizer, rates=rates)  # with --resume: as they were saved
     sampler.push(policy)
     responses_per_update = config.prompts_per_step * config.group_size // config.minibatches
     updates = config.epochs * config.minibatches
@@ -208,9 +209,10 @@ def main(config: Config) -> None:
 
     for step in run.steps():
         # --- rollout: G responses to each question, from pi_i ---
-        questions = run.share(choose(train, rates, config.prompts_per_step, config, step))  # of this process
+        questions = run.share(choose(train, rates, config.prompts_per_step, config, step))  # this process's share
         seed = run.seed(step)  # every step has its own random numbers
-        batch = sampler.generate([q["prompt_ids"] for q in questions], config.group_size, config.temperature, seed)
+        prompts = [question["prompt_ids"] for question in questions]
+        batch = sampler.generate(prompts, config.group_size, config.temperature, seed)
         sampler.sleep()
         run.lap("seconds_rollout")
 
@@ -222,7 +224,8 @@ def main(config: Config) -> None:
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
-        rewards = batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        rewards = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        batch["rewards"] = rewards
         rates.record(examples, scores["accuracy"])
         if step >= config.length_from:  # in place: the reward that is logged
             rewards += config.length_weight * length_rewards(batch.lengths, scores["accuracy"], config.group_size)

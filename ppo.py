@@ -11,17 +11,18 @@ A response o to a question q is an episode, and each of its tokens an action; ma
     r_t     = -beta log( pi_old(o_t | ..) / pi_ref(o_t | ..) )    the KL ("k1") is in the reward; at the last token
                                                                   the reward of the response is added
 
-V_t = V(q, o_<t), the rewards to come as a second network as large as the policy predicts them, at first 0. It minimises
+V_t = V(q, o_<t) predicts the return from token t on. It is a second network of the policy's size, with a head that
+starts at zero, and minimises
 
     mean_t 1/2 max[ (V_t - R_t)^2, (clip(V_t, V_old - eps, V_old + eps) - R_t)^2 ],       R_t = A_t + V_old
 
 where the old values V_old, like A and R, are those of the rollout. Then A is whitened over its tokens: mean 0, std 1.
 GRPO (grpo.py) drops V, and with it gamma, lam and the value loss: the mean of the group is the baseline.
 Kept from PPO: all of the above; several updates per rollout by --epochs and --minibatches, 1 as in grpo.py (the clips
-act only with more). With gamma = lam = 1 (the default) A_t is the rewards to come minus V_t. Added: each network's
-gradient is clipped to norm 1. Left out: an adaptive beta, the entropy bonus, a penalty for responses without an end.
-One response per question would do; --group-size stays, for rollouts equal to those of grpo.py. With a learned reward,
-as in RLHF: --rewards path/to/reward_model=1 --value-model path/to/reward_model, where V then starts.
+act only with more). With gamma = lam = 1 (the default) A_t is the return minus V_t. Added: the gradient of each network
+is clipped to norm 1. Left out: an adaptive beta, the entropy bonus, a penalty for responses without an end. PPO needs
+one response per question only; --group-size stays, so that rollouts equal those of grpo.py. With a learned reward, as
+in RLHF, V starts from the reward model: --rewards path/to/reward_model=1 --value-model path/to/reward_model.
 
     python ppo.py
         On a CPU, no download: a tiny model learns to think before it answers, and is right.
@@ -59,8 +60,8 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
     tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
     gamma: float = 1.0  # discount per token
-    lam: float = 1.0  # lambda of GAE: 1 takes all rewards to come, 0 only the next one and V
-    clamp_kl: bool = False  # the KL of a token is at least 0, as an estimate biased upwards
+    lam: float = 1.0  # lambda of GAE: 1 takes the whole return, 0 only the next reward and V
+    clamp_kl: bool = False  # the KL of a token is clamped at 0, which biases it upwards
     value_model: str = ""  # folder or Hub name that the value network starts from; empty: that of the policy
     value_lr: float = 1e-3  # learning rate of the value network; 1e-5 for a pretrained one
     value_coef: float = 0.5  # weight of the value loss
@@ -142,10 +143,10 @@ def value_loss(values, old_values, returns, mask, num_tokens, clip):
 
 
 def main(config: Config) -> None:
-    run = Run(config)  # its folder, its log, and its processes, if there are several
+    run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
-    check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
+    check_sampler(config.sampler)  # wrong flags end the run here, not in an hour
 
     policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
     reference = policy.reference() if config.beta else None
@@ -157,7 +158,7 @@ def main(config: Config) -> None:
     train, test = load_prompts(config, tokenizer)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
-    run.start(tokenizer, policy=policy, value=value, optimizer=optimizer)  # with --resume, from where the run had come to
+    run.start(tokenizer, policy=policy, value=value, optimizer=optimizer)  # with --resume: as they were saved
     sampler.push(policy)
     updates = config.epochs * config.minibatches
     if run.first_step == 1:
@@ -166,9 +167,10 @@ def main(config: Config) -> None:
 
     for step in run.steps():
         # --- rollout: G responses to each question, from pi_old ---
-        questions = run.share(draw(train, config.prompts_per_step, config.seed, step))  # of this process
+        questions = run.share(draw(train, config.prompts_per_step, config.seed, step))  # this process's share
         seed = run.seed(step)  # every step has its own random numbers
-        batch = sampler.generate([q["prompt_ids"] for q in questions], config.group_size, config.temperature, seed)
+        prompts = [question["prompt_ids"] for question in questions]
+        batch = sampler.generate(prompts, config.group_size, config.temperature, seed)
         sampler.sleep()
         run.lap("seconds_rollout")
 
@@ -183,7 +185,8 @@ def main(config: Config) -> None:
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
-        rewards = batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        rewards = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        batch["rewards"] = rewards
         mask = batch.response_mask  # [B, T]
         kl = kl_k1(batch["old_logp"], batch["ref_logp"], config.clamp_kl) if reference else mask * 0.0
         A = gae(token_rewards(rewards, kl, mask, config.beta), batch["values"], mask, config.gamma, config.lam)
@@ -211,7 +214,9 @@ def main(config: Config) -> None:
                         values, micro["values"], micro["returns"], micro.response_mask, num_tokens, config.value_clip
                     )
                     loss = config.value_coef * loss_v + (loss if step > config.value_warmup else 0)
-                    stats |= stats_v | ({"kl": micro["old_logp"] - micro["ref_logp"]} if reference else {})
+                    stats |= stats_v
+                    if reference:  # only to be logged
+                        stats["kl"] = micro["old_logp"] - micro["ref_logp"]
                     accelerator.backward(loss)
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)

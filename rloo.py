@@ -92,10 +92,10 @@ def policy_loss(
 
 
 def main(config: Config) -> None:
-    run = Run(config)  # its folder, its log, and its processes, if there are several
+    run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
-    check_sampler(config.sampler)  # wrong flags end the run here and not in an hour
+    check_sampler(config.sampler)  # wrong flags end the run here, not in an hour
 
     policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
     reference = policy.reference() if config.beta else None
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
     train, test = load_prompts(config, tokenizer)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
-    run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume, from where the run had come to
+    run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume: as they were saved
     sampler.push(policy)
     responses_per_update = config.prompts_per_step * config.group_size // config.minibatches
     updates = config.epochs * config.minibatches
@@ -114,9 +114,10 @@ def main(config: Config) -> None:
 
     for step in run.steps():
         # --- rollout: G responses to each question, from pi_old ---
-        questions = run.share(draw(train, config.prompts_per_step, config.seed, step))  # of this process
+        questions = run.share(draw(train, config.prompts_per_step, config.seed, step))  # this process's share
         seed = run.seed(step)  # every step has its own random numbers
-        batch = sampler.generate([q["prompt_ids"] for q in questions], config.group_size, config.temperature, seed)
+        prompts = [question["prompt_ids"] for question in questions]
+        batch = sampler.generate(prompts, config.group_size, config.temperature, seed)
         sampler.sleep()
         run.lap("seconds_rollout")
 
@@ -130,7 +131,8 @@ def main(config: Config) -> None:
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
-        rewards = batch["rewards"] = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        rewards = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        batch["rewards"] = rewards
         # R_i = r_i - beta k1, the KL of the whole response
         rewards = rewards - config.beta * (batch["old_logp"] - batch["ref_logp"]).sum(1) if reference else rewards
         batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
@@ -152,7 +154,8 @@ def main(config: Config) -> None:
                         config.clip_low, config.clip_high,
                         weight,
                     )  # fmt: skip
-                    stats |= {"kl": micro["old_logp"] - micro["ref_logp"]} if reference else {}  # only to be logged
+                    if reference:  # only to be logged
+                        stats["kl"] = micro["old_logp"] - micro["ref_logp"]
                     accelerator.backward(loss)
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)

@@ -60,7 +60,7 @@ def sft_loss(logp: torch.Tensor, mask: torch.Tensor, num_tokens: int) -> torch.T
 
 
 def main(config: Config) -> None:
-    run = Run(config)  # its folder, its log, and its processes, if there are several
+    run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
     if check_sampler(config.sampler) == "vllm" and config.model == "scratch":
         fail("--sampler vllm loads a model from a folder: a new one needs --sampler hf")
@@ -85,7 +85,7 @@ def main(config: Config) -> None:
     _, test = load_prompts(dataclasses.replace(config, data=()), tokenizer)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
-    run.start(tokenizer, policy=policy, optimizer=optimizer, schedule=schedule)  # with --resume, from where it was
+    run.start(tokenizer, policy=policy, optimizer=optimizer, schedule=schedule)  # with --resume: as they were saved
     sampler.push(policy)
     if run.first_step == 1:
         run.evaluate(0, sampler, test)

@@ -29,8 +29,10 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from plot import COLOURS  # noqa: E402
+from plumbing.fail import fail  # noqa: E402
 
-HERE, RUNS = ROOT / "benchmarks", ROOT / "runs" / "curves"
+HERE = ROOT / "benchmarks"
+RUNS = ROOT / "runs" / "curves"
 COMMANDS = {  # name -> what is run
     "grpo": ["grpo.py"],
     "dr_grpo": ["dr_grpo.py"],
@@ -42,7 +44,8 @@ COMMANDS = {  # name -> what is run
 }
 RATES = [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3]  # those that a sweep may come to
 FIRST = slice(1, 4)  # those it begins with
-SWEEP_SEEDS, SEEDS = [100, 101], [0, 1, 2, 3, 4]
+SWEEP_SEEDS = [100, 101]
+SEEDS = [0, 1, 2, 3, 4]
 PASSES = {  # name -> models in memory, forward and backward passes over a rollout; counted by tests/test_siblings.py
     "grpo": (2, 2, 1),
     "dr_grpo": (2, 2, 1),
@@ -52,8 +55,17 @@ PASSES = {  # name -> models in memory, forward and backward passes over a rollo
     "ppo, 4 updates per rollout": (3, 7, 4),
     "dpo": (2, 2, 1),
 }
-METRICS = """eval_pass@1 reward accuracy response_length_right response_length_wrong entropy
-seconds seconds_rollout seconds_update""".split()
+METRICS = [
+    "eval_pass@1",
+    "reward",
+    "accuracy",
+    "response_length_right",
+    "response_length_wrong",
+    "entropy",
+    "seconds",
+    "seconds_rollout",
+    "seconds_update",
+]
 PROCESSES = int(os.environ.get("PROCESSES", 1))  # runs at a time; more than one blurs the seconds, and only those
 
 
@@ -63,34 +75,45 @@ PROCESSES = int(os.environ.get("PROCESSES", 1))  # runs at a time; more than one
 def run(name: str, lr: float, seed: int) -> list[dict]:
     """The metrics of a run, one record per step; the run is made if it is not there."""
     folder = RUNS / f"{name.replace(', ', '-').replace(' ', '-')}-{lr:g}-{seed}"
-    if not (records := finished(folder)):
-        command = [*COMMANDS[name], "--lr", lr, "--seed", seed, "--out", folder]
-        if (folder / "checkpoint.pt").exists():
-            command += ["--resume", folder]
-        else:  # there may be what was interrupted before its first checkpoint
-            shutil.rmtree(folder, ignore_errors=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, *map(str, command)]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if result.returncode:
-            raise SystemExit(f"{name} with --lr {lr:g} --seed {seed} failed: {result.stderr[-500:]}")
-        print(f"{name}, lr {lr:g}, seed {seed}: done", flush=True)
-        records = finished(folder)
-    return records
+    records = finished(folder)
+    if records:
+        return records
+    command = [*COMMANDS[name], "--lr", lr, "--seed", seed, "--out", folder]
+    if (folder / "checkpoint.pt").exists():
+        command += ["--resume", folder]
+    else:  # there may be what was interrupted before its first checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True)
+    if result.returncode:
+        fail(f"{name} with --lr {lr:g} --seed {seed} failed: {result.stderr[-500:]}")
+    print(f"{name}, lr {lr:g}, seed {seed}: done", flush=True)
+    return finished(folder)
+
+
+def one_thread() -> dict[str, str]:
+    """The environment of a run."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def finished(folder: Path) -> list[dict]:
     """The records of a run that came to its last step, or none."""
     if not (folder / "metrics.jsonl").exists():
         return []
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return records if records[-1]["step"] == json.loads((folder / "config.json").read_text())["steps"] else []
+    records = read_metrics(folder)
+    config = json.loads((folder / "config.json").read_text())
+    return records if records[-1]["step"] == config["steps"] else []
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def run_all(jobs: list[tuple]) -> list[tuple]:
     """[(name, lr, seed, records)] of these (name, lr, seed)."""
     with ThreadPoolExecutor(PROCESSES) as pool:
-        return [(*job, records) for job, records in zip(jobs, pool.map(lambda job: run(*job), jobs), strict=True)]
+        running = [pool.submit(run, *job) for job in jobs]
+        return [(*job, future.result()) for job, future in zip(jobs, running, strict=True)]
 
 
 def accuracies(records: list[dict]) -> list[float]:
@@ -98,24 +121,41 @@ def accuracies(records: list[dict]) -> list[float]:
     return [record["eval_pass@1"] for record in records[1:] if "eval_pass@1" in record]
 
 
+# --- learning rates ---
+
+
 def sweep() -> None:
     """Try learning rates until the best one of each script has a worse one on either side; write sweep.csv."""
     rates = {name: set(RATES[FIRST]) for name in COMMANDS}
     while True:
-        results = run_all([(n, lr, seed) for n in COMMANDS for lr in sorted(rates[n]) for seed in SWEEP_SEEDS])
-        found = [(n, f"{lr:g}", seed, accuracies(records)) for n, lr, seed, records in results]
-        rows = [(*run, f"{x[-1]:.4f}", f"{np.mean(x):.4f}") for *run, x in found]
-        write("sweep.csv", ("script", "lr", "seed", "final", "mean"), rows)
-        best = {name: RATES.index(best_rate(name)) for name in COMMANDS}
-        more = {name: rates[name] | set(RATES[max(0, i - 1) : i + 2]) for name, i in best.items()}
+        try_rates(rates)
+        more = {}
+        for name in COMMANDS:
+            best = RATES.index(best_rate(name))
+            neighbours = RATES[max(0, best - 1) : best + 2]
+            more[name] = rates[name] | set(neighbours)
         if more == rates:
             return
         rates = more
 
 
+def try_rates(rates: dict[str, set[float]]) -> None:
+    """Make the runs of these learning rates, and write sweep.csv."""
+    jobs = []
+    for name in COMMANDS:
+        for lr in sorted(rates[name]):
+            for seed in SWEEP_SEEDS:
+                jobs.append((name, lr, seed))
+    rows = []
+    for name, lr, seed, records in run_all(jobs):
+        found = accuracies(records)
+        rows.append((name, f"{lr:g}", seed, f"{found[-1]:.4f}", f"{np.mean(found):.4f}"))
+    write("sweep.csv", ("script", "lr", "seed", "final", "mean"), rows)
+
+
 def best_rate(name: str) -> float:
     """The learning rate with the highest final accuracy; of those equal to two digits, the one that learns fastest."""
-    found = {}
+    found = {}  # learning rate -> final and mean accuracy of each seed
     for row in read("sweep.csv"):
         if row["script"] == name:
             found.setdefault(float(row["lr"]), []).append([float(row["final"]), float(row["mean"])])
@@ -129,13 +169,23 @@ def best_rate(name: str) -> float:
 
 def seeds() -> None:
     """Five seeds of each script at its best learning rate; write curves.csv."""
-    results = run_all([(name, best_rate(name), seed) for name in COMMANDS for seed in SEEDS])
-    rows = [
-        (name, f"{lr:g}", seed, record["step"], *(format_number(record.get(metric)) for metric in METRICS))
-        for name, lr, seed, records in results
-        for record in records
-    ]
+    jobs = []
+    for name in COMMANDS:
+        for seed in SEEDS:
+            jobs.append((name, best_rate(name), seed))
+    rows = []
+    for name, lr, seed, records in run_all(jobs):
+        for record in records:
+            cells = [format_number(record.get(metric)) for metric in METRICS]
+            rows.append((name, f"{lr:g}", seed, record["step"], *cells))
     write("curves.csv", ("script", "lr", "seed", "step", *METRICS), rows)
+
+
+def format_number(x: float | None) -> str:
+    return "" if x is None else f"{x:.4g}"
+
+
+# --- costs ---
 
 
 def costs() -> None:
@@ -145,10 +195,10 @@ def costs() -> None:
         pool.submit(random_model, large).result()
     rows = []
     for name, command in COMMANDS.items():
-        small = measure(name, [*command, "--steps", "12"])
-        sizes = ["--data", large / "pairs.jsonl"] if name == "dpo" else ["--prompts-per-step", "8"]
-        big = measure(name, [*command, *sizes, "--steps", "3", "--model", large])
-        rows.append((name, f"{small[0]:.2f}", f"{small[1]:.0f}", f"{big[0]:.1f}", f"{big[1]:.0f}"))
+        seconds, mb = measure(name, [*command, "--steps", "12"])
+        size = ["--data", large / "pairs.jsonl"] if name == "dpo" else ["--prompts-per-step", "8"]
+        seconds_large, mb_large = measure(name, [*command, *size, "--steps", "3", "--model", large])
+        rows.append((name, f"{seconds:.2f}", f"{mb:.0f}", f"{seconds_large:.1f}", f"{mb_large:.0f}"))
     write("costs.csv", ("script", "seconds", "peak_mb", "seconds_large", "peak_mb_large"), rows)
 
 
@@ -158,13 +208,23 @@ def random_model(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = LlamaForCausalLM(config)
-    model.save_pretrained(folder), tokenizer.save_pretrained(folder)
-    pairs = [{"prompt": f"{i}+{i}=", "chosen": "1+1=2," * 10, "rejected": "1+1=3," * 10} for i in range(100)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    lines = []
+    for i in range(100):
+        pair = {"prompt": f"{i}+{i}=", "chosen": "1+1=2," * 10, "rejected": "1+1=3," * 10}
+        lines.append(json.dumps(pair) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
 
 
 def measure(name: str, command: list) -> tuple[float, float]:
@@ -173,23 +233,27 @@ def measure(name: str, command: list) -> tuple[float, float]:
     shutil.rmtree(folder, ignore_errors=True)
     flags = ["--eval-prompts", "4", "--eval-every", "0", "--save-every", "0", "--out", folder]
     process = subprocess.Popen(
-        [sys.executable, *map(str, command + flags)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, *map(str, command + flags)],
+        cwd=ROOT,
+        env=one_thread(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{name} failed")
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(record["seconds"] for record in records[2:]), usage.ru_maxrss / 1024
+        fail(f"{name} failed")
+    seconds = [record["seconds"] for record in read_metrics(folder)[2:]]
+    return statistics.median(seconds), usage.ru_maxrss / 1024
 
 
-def format_number(x: float | None) -> str:
-    return "" if x is None else f"{x:.4g}"
+# --- files ---
 
 
 def write(name: str, header: tuple, rows: list[tuple]) -> None:
     with open(HERE / name, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def read(name: str) -> list[dict]:
@@ -199,47 +263,53 @@ def read(name: str) -> list[dict]:
 
 # --- drawing ---
 
-PANELS = [  # title, y axis, metric, scripts that are left out
-    ("Held-out accuracy, one sample", "share", "eval_pass@1", ["dpo"]),
-    ("Length of right responses", "tokens", "response_length_right", ["dpo"]),
-    ("Length of wrong responses", "tokens", "response_length_wrong", ["dpo"]),
-    ("Entropy of the policy", "nats per token", "entropy", ["dpo"]),
-    ("Seconds per step", "seconds", "seconds", ["dpo"]),
-    ("DPO: held-out accuracy, one sample", "share", "eval_pass@1", [name for name in COMMANDS if name != "dpo"]),
+PANELS = [  # title, y axis, metric
+    ("Held-out accuracy, one sample", "share", "eval_pass@1"),
+    ("Length of right responses", "tokens", "response_length_right"),
+    ("Length of wrong responses", "tokens", "response_length_wrong"),
+    ("Entropy of the policy", "nats per token", "entropy"),
+    ("Seconds per step", "seconds", "seconds"),
+    ("DPO: held-out accuracy, one sample", "share", "eval_pass@1"),
 ]
+
+
+def shown(title: str) -> list[str]:
+    """The names in a panel: DPO, whose steps are others, has its own one."""
+    if title.startswith("DPO"):
+        return ["dpo"]
+    return [name for name in COMMANDS if name != "dpo"]
 
 
 def curve(rows: list[dict], name: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps [S] and values [seeds, S] of a script, where all its seeds have a value; a running mean of 5 if dense."""
-    values = {}
+    values = {}  # step -> the value of each seed
     for row in rows:
         if row["script"] == name and row[metric]:
             values.setdefault(int(row["step"]), []).append(float(row[metric]))
     steps = sorted(step for step, found in values.items() if len(found) == len(SEEDS))
     y = np.array([values[step] for step in steps]).T  # [seeds, S]
     if len(steps) > 20:
-        y = np.array([[seed[max(0, i - 2) : i + 3].mean() for i in range(len(steps))] for seed in y])
+        y = np.array([running_mean(of_seed) for of_seed in y])
     return np.array(steps), y
+
+
+def running_mean(y: np.ndarray) -> list[float]:
+    """The mean of each value and its two neighbours on either side."""
+    return [y[max(0, i - 2) : i + 3].mean() for i in range(len(y))]
 
 
 def draw() -> None:
     """Write docs/curves.png and print the tables."""
     rows = read("curves.csv")
     page = Figure(figsize=(15, 9.6), layout="constrained")
-    for place, (title, unit, metric, left_out) in enumerate(PANELS, 1):
+    handles = {}  # name -> its curve in the last panel that has one
+    for place, (title, unit, metric) in enumerate(PANELS, 1):
         ax = page.add_subplot(2, 3, place)
-        for i, name in enumerate(COMMANDS):
-            if name in left_out:
-                continue
-            steps, y = curve(rows, name, metric)
-            mean, std = y.mean(0), y.std(0, ddof=1)
-            marker = "o" if metric.startswith("eval") else ""
-            ax.plot(steps, mean, color=COLOURS[i], linewidth=2.5, marker=marker, label=name)
-            ax.fill_between(steps, mean - std, mean + std, color=COLOURS[i], alpha=0.18, linewidth=0)
+        for name in shown(title):
+            handles[name] = draw_curve(ax, rows, name, metric)
+        updates = "updates, of 64 pairs each" if title.startswith("DPO") else "rollouts, of 128 responses each"
         ax.set_title(title, fontsize=16)
-        ax.set_xlabel(
-            "updates, of 64 pairs each" if "grpo" in left_out else "rollouts, of 128 responses each", fontsize=14
-        )
+        ax.set_xlabel(updates, fontsize=14)
         ax.set_ylabel(unit, fontsize=14)
         ax.tick_params(labelsize=13)
         ax.grid(alpha=0.3)
@@ -247,36 +317,78 @@ def draw() -> None:
             ax.set_ylim(0, 1)
         elif metric != "entropy":
             ax.set_ylim(bottom=0)
-    handles = dict(zip(COMMANDS, page.axes[0].get_lines() + page.axes[-1].get_lines(), strict=True))
-    page.legend(
-        handles.values(), [f"{name}, lr {best_rate(name):g}" for name in handles], loc="outside upper center", ncols=4,
-        fontsize=15, frameon=False,
-    )  # fmt: skip
+    labels = [f"{name}, lr {best_rate(name):g}" for name in handles]
+    page.legend(handles.values(), labels, loc="outside upper center", ncols=4, fontsize=15, frameon=False)
     page.savefig(ROOT / "docs" / "curves.png", dpi=75)
     print(tables())
 
 
+def draw_curve(ax, rows: list[dict], name: str, metric: str):
+    """The mean over the seeds and a band of one std on either side; returns the line of the mean."""
+    steps, y = curve(rows, name, metric)
+    mean = y.mean(0)
+    std = y.std(0, ddof=1)
+    colour = COLOURS[list(COMMANDS).index(name)]
+    marker = "o" if metric.startswith("eval") else ""
+    (line,) = ax.plot(steps, mean, color=colour, linewidth=2.5, marker=marker, label=name)
+    ax.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
+    return line
+
+
+# --- tables ---
+
+
 def tables() -> str:
     """The tables of the README, from the CSV files."""
-    tried, found = sorted({float(row["lr"]) for row in read("sweep.csv")}), {}
+    return "\n".join([*sweep_table(), "", *accuracy_table(), "", *cost_table()])
+
+
+def sweep_table() -> list[str]:
+    """Accuracy at the end, of each script and learning rate."""
+    found = {}  # script, learning rate -> the accuracy of each seed
     for row in read("sweep.csv"):
         found.setdefault((row["script"], float(row["lr"])), []).append(float(row["final"]))
-    lines = [table_row("", *(f"{lr:g}" for lr in tried)), "|---" * (len(tried) + 1) + "|"]
+    tried = sorted({lr for _, lr in found})
+    lines = head("", *(f"{lr:g}" for lr in tried))
     for name in COMMANDS:
         cells = [f"{np.mean(found[name, lr]):.2f}" if (name, lr) in found else "" for lr in tried]
         lines.append(table_row(name, *cells))
-    lines += ["", table_row("", "lr", *(f"after {step}" for step in (20, 40, 60, 80))), "|---" * 6 + "|"]
+    return lines
+
+
+def accuracy_table() -> list[str]:
+    """Accuracy of each script at its best learning rate, at every evaluation: mean and std of the seeds."""
+    rows = read("curves.csv")
+    lines = head("", "lr", "after 20", "after 40", "after 60", "after 80")
     for name in COMMANDS:
-        _, y = curve(read("curves.csv"), name, "eval_pass@1")  # [seeds, 5], the first before training
+        _, y = curve(rows, name, "eval_pass@1")  # [seeds, 5], the first before training
         cells = [f"{x.mean():.2f} ± {x.std(ddof=1):.2f}" for x in y.T[1:]]
         lines.append(table_row(name, f"{best_rate(name):g}", *cells))
-    header = "models", "forward passes", "backward passes", "seconds per step", "MB at the peak", "MB, 34 M parameters"
-    lines += ["", table_row("", *header), "|---" * 7 + "|"]
+    return lines
+
+
+def cost_table() -> list[str]:
+    """Passes, seconds and memory of each script."""
+    lines = head(
+        "",
+        "models",
+        "forward passes",
+        "backward passes",
+        "seconds per step",
+        "MB at the peak",
+        "MB, 34 M parameters",
+    )
     for row in read("costs.csv"):
-        script, *flags = COMMANDS[row["script"]]
-        seconds, memory = row["seconds"], (row["peak_mb"], row["peak_mb_large"])
-        lines.append(table_row(" ".join([f"`{script}`", *flags]), *PASSES[row["script"]], seconds, *memory))
-    return "\n".join(lines)
+        name = row["script"]
+        script, *flags = COMMANDS[name]
+        command = " ".join([f"`{script}`", *flags])
+        lines.append(table_row(command, *PASSES[name], row["seconds"], row["peak_mb"], row["peak_mb_large"]))
+    return lines
+
+
+def head(*names: str) -> list[str]:
+    """The two lines above the rows of a table."""
+    return [table_row(*names), "|---" * len(names) + "|"]
 
 
 def table_row(*cells) -> str:
@@ -286,5 +398,5 @@ def table_row(*cells) -> str:
 if __name__ == "__main__":
     commands = {"sweep": sweep, "seeds": seeds, "costs": costs, "draw": draw}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        raise SystemExit(__doc__)
+        fail(__doc__)
     commands[sys.argv[1]]()

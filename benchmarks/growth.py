@@ -23,70 +23,116 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-POINTS = [  # what grows, and its values; the rest is as in FIXED
-    ("group_size", (8, 16, 32, 64)),
-    ("response_tokens", (64, 128, 256, 512, 1024)),
-    ("hidden_size", (64, 128, 256, 512)),
-]
+from plumbing.fail import fail  # noqa: E402
+
+CSV = ROOT / "benchmarks" / "growth.csv"
 FIXED = {"group_size": 8, "response_tokens": 64, "hidden_size": 128}
-PROMPTS, STEPS = 4, 4  # of the steps the first one is not counted
+POINTS = {  # what grows, and its values; the rest is as in FIXED
+    "group_size": (8, 16, 32, 64),
+    "response_tokens": (64, 128, 256, 512, 1024),
+    "hidden_size": (64, 128, 256, 512),
+}
+PROMPTS = 4  # per step
+STEPS = 4  # of which the first one is not counted; one more is profiled
+
+
+# --- measuring ---
 
 
 def measure(group_size: int, response_tokens: int, hidden_size: int) -> dict:
     """Seconds of the fastest step, the share of attention, and MB, of one point; to be called in a new process."""
     import torch
     from torch.profiler import ProfilerActivity, profile
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     import grpo
     from rewards import REWARDS
 
     torch.set_num_threads(1)
-    REWARDS["noise"] = lambda response, example: random.random()
-    make_sampler, seconds, peak = grpo.make_sampler, [], []
     profiler = profile(activities=[ProfilerActivity.CPU], acc_events=True)
+    make_sampler = grpo.make_sampler
+    seconds = []  # of each step
+    peak = []  # MB, one number
 
-    def make_endless(*arguments):
+    def make_endless_sampler(*arguments):
         sampler = make_sampler(*arguments)
         sampler.ends = set()
         return sampler
 
-    grpo.make_sampler = make_endless
-    log = grpo.Run.log
+    class ObservedRun(grpo.Run):
+        def log(self, *arguments, **metrics):
+            super().log(*arguments, **metrics)
+            seconds.append(self.record["seconds"])
+            if len(seconds) == STEPS:
+                peak.append(peak_memory())
+                profiler.start()
+            if len(seconds) == STEPS + 1:
+                profiler.stop()
 
-    def log_and_look(run, *args, **named):
-        log(run, *args, **named)
-        seconds.append(run.record["seconds"])
-        if len(seconds) == STEPS:
-            peak.append(peak_memory())
-            profiler.start()
-        if len(seconds) == STEPS + 1:
-            profiler.stop()
-
-    grpo.Run.log = log_and_look
+    grpo.make_sampler = make_endless_sampler
+    grpo.Run = ObservedRun
+    REWARDS["noise"] = noise
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
         before = peak_memory()
-        shape = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=4,
-            num_attention_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        model = LlamaForCausalLM(shape)
-        parameters = model.num_parameters()
-        model.save_pretrained(f"{folder}/model"), tokenizer.save_pretrained(f"{folder}/model")
-        del model
-        grpo.main(grpo.Config(
-            model=f"{folder}/model", out=f"{folder}/run", rewards=("noise=1",), beta=0.0, steps=STEPS + 1, eval_every=0,
-            eval_prompts=1, save_every=0, prompts_per_step=PROMPTS, group_size=group_size,
+        parameters = save_random_model(f"{folder}/model", tokenizer, hidden_size)
+        config = grpo.Config(
+            model=f"{folder}/model",
+            out=f"{folder}/run",
+            rewards=("noise=1",),
+            beta=0.0,
+            steps=STEPS + 1,
+            eval_every=0,
+            eval_prompts=1,
+            save_every=0,
+            prompts_per_step=PROMPTS,
+            group_size=group_size,
             max_new_tokens=response_tokens,
-        ))  # fmt: skip
-    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    share = sum(x for name, x in times.items() if "scaled_dot_product" in name) / sum(times.values())
-    found = {"parameters": parameters, "tokens": PROMPTS * group_size * response_tokens}
-    return found | {
-        "seconds": min(seconds[1:STEPS]), "attention": share, "mb": peak[0] - before
-    }  # fmt: skip
+        )
+        grpo.main(config)
+    return {
+        "parameters": parameters,
+        "tokens": PROMPTS * group_size * response_tokens,
+        "seconds": min(seconds[1:STEPS]),
+        "attention": attention_share(profiler),
+        "mb": peak[0] - before,
+    }
+
+
+def noise(response: str, example: dict) -> float:
+    return random.random()
+
+
+def save_random_model(folder: str, tokenizer, hidden_size: int) -> int:
+    """Write a model of random weights with a tokenizer; returns the number of its parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.num_parameters()
+
+
+def attention_share(profiler) -> float:
+    """The share of the profiled time that is spent in attention."""
+    attention = 0.0
+    total = 0.0
+    for event in profiler.key_averages():
+        total += event.self_cpu_time_total
+        if "scaled_dot_product" in event.key:
+            attention += event.self_cpu_time_total
+    return attention / total
 
 
 def peak_memory() -> float:
@@ -97,15 +143,16 @@ def peak_memory() -> float:
 def measure_all() -> None:
     """Measure every point and write growth.csv."""
     rows = []
-    for name, values in POINTS:
+    for name, values in POINTS.items():
         for value in values:
             point = FIXED | {name: value}
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found = pool.submit(measure, **point).result()
-            found |= {name: f"{found[name]:.3f}" for name in ("seconds", "attention")} | {"mb": f"{found['mb']:.0f}"}
+            for metric, digits in (("seconds", 3), ("attention", 3), ("mb", 0)):
+                found[metric] = f"{found[metric]:.{digits}f}"
             rows.append({"grows": name, **point, **found})
             print(rows[-1], flush=True)
-    with open(ROOT / "benchmarks" / "growth.csv", "w", newline="") as file:
+    with open(CSV, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -113,45 +160,61 @@ def measure_all() -> None:
 
 def read() -> dict[str, dict[str, np.ndarray]]:
     """What grows -> column -> its values."""
-    with open(ROOT / "benchmarks" / "growth.csv", newline="") as file:
+    with open(CSV, newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = ("group_size", "response_tokens", "parameters", "seconds", "attention", "mb")
-    return {
-        name: {column: np.array([float(row[column]) for row in rows if row["grows"] == name]) for column in columns}
-        for name, _ in POINTS
-    }
+    found = {}
+    for name in POINTS:
+        found[name] = {}
+        for column in ("group_size", "response_tokens", "parameters", "seconds", "attention", "mb"):
+            values = [float(row[column]) for row in rows if row["grows"] == name]
+            found[name][column] = np.array(values)
+    return found
+
+
+# --- drawing ---
+
+TITLES = {"group_size": "Group size", "response_tokens": "Response length, tokens", "hidden_size": "Parameters"}
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 def draw() -> None:
     """Write docs/growth.png: seconds and memory, each beside a line that grows in proportion from the first point."""
     page = Figure(figsize=(13, 7.2), layout="constrained")
-    titles = {"group_size": "Group size", "response_tokens": "Response length, tokens", "hidden_size": "Parameters"}
     for column, (name, found) in enumerate(read().items()):
-        x = found["parameters" if name == "hidden_size" else name]
-        for row, (metric, unit) in enumerate((("seconds", "seconds per step"), ("mb", "MB at the peak"))):
-            ax, y = page.add_subplot(2, 3, 3 * row + column + 1), found[metric]
-            if metric == "seconds":
-                ax.plot(x, y, "o:", color="#E69F00", linewidth=2, label="with attention")
-                y = y * (1 - found["attention"])
-            ax.plot(x, y, "o-", color="#0072B2", linewidth=2.5, label="without attention" if row == 0 else "measured")
-            ax.plot(x, y[0] * x / x[0], "--", color="#555555", linewidth=1.5, label="in proportion")
-            ax.set(xscale="log", yscale="log")
-            ax.set_xlabel(titles[name], fontsize=14)
-            ax.set_ylabel(unit, fontsize=14)
-            ax.set_xticks(x, [f"{v / 1e6:.2g} M" if name == "hidden_size" else f"{v:g}" for v in x], minor=False)
+        x = found["parameters"] if name == "hidden_size" else found[name]
+        for row, metric in enumerate(("seconds", "mb")):
+            ax = page.add_subplot(2, 3, 3 * row + column + 1)
+            draw_growth(ax, x, found, metric)
+            ax.set_xlabel(TITLES[name], fontsize=14)
+            labels = [f"{v / 1e6:.2g} M" if name == "hidden_size" else f"{v:g}" for v in x]
+            ax.set_xticks(x, labels, minor=False)
             ax.minorticks_off()
             low, high = ax.get_ylim()
-            ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if low < t < high]
-            ax.set_yticks(ticks, [f"{t:g}" for t in ticks])
+            ticks = [tick for tick in TICKS if low < tick < high]
+            ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
             ax.tick_params(labelsize=13)
             ax.grid(alpha=0.3)
             ax.legend(fontsize=13, frameon=False, loc="upper left")
     page.savefig(ROOT / "docs" / "growth.png", dpi=80)
 
 
+def draw_growth(ax, x: np.ndarray, found: dict[str, np.ndarray], metric: str) -> None:
+    """The curves of one panel."""
+    y = found[metric]
+    label = "measured"
+    if metric == "seconds":
+        ax.plot(x, y, "o:", color="#E69F00", linewidth=2, label="with attention")
+        y = y * (1 - found["attention"])
+        label = "without attention"
+    ax.plot(x, y, "o-", color="#0072B2", linewidth=2.5, label=label)
+    ax.plot(x, y[0] * x / x[0], "--", color="#555555", linewidth=1.5, label="in proportion")
+    ax.set(xscale="log", yscale="log")
+    ax.set_ylabel("seconds per step" if metric == "seconds" else "MB at the peak", fontsize=14)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["draw"]):
-        raise SystemExit(__doc__)
+        fail(__doc__)
     if not sys.argv[1:]:
         measure_all()
     draw()

@@ -1,6 +1,8 @@
 """For benchmarks/trl.py: the work that both sides do, the clock that both carry, our side of it, and its profile.
 
-python -P benchmarks/ours.py JOB        JOB: what trl.py asks for, as JSON
+    python -P benchmarks/ours.py JOB        JOB: what trl.py asks for, as JSON
+
+The environments of TRL have nothing of this repository's own, so what stands above "our side" imports none of it.
 """
 
 import functools
@@ -13,15 +15,22 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
-PROMPTS, GROUP, TOKENS = 8, 8, 32  # prompts per step, responses to each, longest response
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = 8  # per step
+GROUP = 8  # responses to each prompt
 ROWS = PROMPTS * GROUP  # sequences per step; for DPO, pairs
-LR, CLIP, KL, DPO_BETA = 1e-6, 0.2, 0.05, 0.1  # KL: the weight of PPO's, in the rewards
+TOKENS = 32  # of the longest response
+LR = 1e-6
+CLIP = 0.2
+KL = 0.05  # weight of PPO's KL, in the rewards
+DPO_BETA = 0.1
 SIZES = {"small": 128, "large": 256}  # hidden sizes: 1.05 M and 4.2 M parameters
+SYMBOLS = ["<pad>", "<eos>", *"0123456789+-*/="]
+
 
 # --- the work ---
-
-SYMBOLS = ["<pad>", "<eos>", *"0123456789+-*/="]
 
 
 def spread(response: str, example: dict) -> float:
@@ -30,67 +39,130 @@ def spread(response: str, example: dict) -> float:
 
 
 def digit(response: str, example: dict) -> float:
-    """The reward of the cases b: is the first digit the last one of the sum? It is in 9 % of random responses."""
-    return float(next((c for c in response if c.isdigit()), "") == example["answer"][-1])
+    """The reward of the cases b: whether the first digit is the last one of the sum, as in 9 % of random responses."""
+    for symbol in response:
+        if symbol.isdigit():
+            return float(symbol == example["answer"][-1])
+    return 0.0
 
 
 def make_work(folder: Path) -> None:
     """Models a and b of each size with their tokenizer, questions, and pairs of responses."""
+    make_models(folder)
+    rng = random.Random(0)
+    questions = []
+    for x in rng.sample(range(8100), 2048):  # 8100 sums of two numbers from 10 to 99
+        a = x // 90 + 10
+        b = x % 90 + 10
+        questions.append({"question": f"{a}+{b}=", "answer": str(a + b)})
+    pairs = []
+    for question in questions:
+        chosen = random_response(rng)
+        rejected = random_response(rng)
+        pairs.append({"prompt": question["question"], "chosen": chosen, "rejected": rejected})
+    write_rows(folder, "questions", questions)
+    write_rows(folder, "pairs", pairs)
+
+
+def random_response(rng: random.Random) -> str:
+    length = rng.randint(8, TOKENS) - 1  # the end token comes on top
+    return "".join(rng.choices(SYMBOLS[2:], k=length))
+
+
+def write_rows(folder: Path, name: str, rows: list[dict]) -> None:
+    """The first row is held out, since the scripts want something to evaluate."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / f"{name}.jsonl").write_text("".join(lines[1:]))
+    (folder / f"{name}-held-out.jsonl").write_text(lines[0])
+
+
+def make_models(folder: Path) -> None:
+    """Random models; no response of model a ends by itself, those of model b do."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
     vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<eos>"}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], **special)  # without merges: one token per character
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],  # so there is one token per character
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<eos>",
+    )
     for size, hidden in SIZES.items():
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=len(SYMBOLS), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
-            bos_token_id=None, pad_token_id=0, eos_token_id=1,
-        ))  # fmt: skip
-        # The LM head is the embedding and has no bias. A direction that all symbols share does for one: symbols that
-        # point against it are never sampled. Those are <pad>, and in a also <eos>, so that no response ends by itself.
-        weight = model.get_input_embeddings().weight.data
-        for case, never in (("b", [0]), ("a", [0, 1])):
-            weight[:, 0] = 1.0
-            weight[never, 0] = -4.0
+        config = Qwen2Config(
+            vocab_size=len(SYMBOLS),
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        model = Qwen2ForCausalLM(config)
+        for case, never in (("b", ["<pad>"]), ("a", ["<pad>", "<eos>"])):
+            forbid(model, [vocabulary[symbol] for symbol in never])
             model.save_pretrained(folder / f"{size}-{case}")
             tokenizer.save_pretrained(folder / f"{size}-{case}")
 
-    rng = random.Random(0)
-    sums = [(x // 90 + 10, x % 90 + 10) for x in rng.sample(range(8100), 2048)]
-    questions = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums]
 
-    def response():
-        return "".join(rng.choices(SYMBOLS[2:], k=rng.randint(8, TOKENS) - 1))  # the end token comes on top
+def forbid(model, tokens: list[int]) -> None:
+    """Let the model never sample these tokens.
 
-    pairs = [{"prompt": x["question"], "chosen": response(), "rejected": response()} for x in questions]
-    for name, rows in (("questions", questions), ("pairs", pairs)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
-        (folder / f"{name}-held-out.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    The LM head is the embedding and has no bias. A direction that all tokens share does for one: those that point
+    against it are never sampled.
+    """
+    weight = model.get_input_embeddings().weight.data
+    weight[:, 0] = 1.0
+    weight[tokens, 0] = -4.0
 
 
 # --- the clock ---
+
+
+class Seconds(NamedTuple):
+    """What two clocks show, or have shown in a while."""
+
+    cpu: float  # of all threads of this process
+    wall: float
+
+
+def now() -> Seconds:
+    return Seconds(time.process_time(), time.perf_counter())
+
+
+def since(start: Seconds) -> Seconds:
+    end = now()
+    return Seconds(end.cpu - start.cpu, end.wall - start.wall)
 
 
 class Clock:
     """CPU and wall time of every step, from the end of the one before it, and of the rollout in it."""
 
     def __init__(self, job: dict):
-        self.job, self.steps, self.mark, self.rollout = job, [], self.now(), [0.0, 0.0]
+        self.job = job
+        self.steps = []  # for each step, its seconds and its counts
+        self.last_step = job["warmup"] + job["steps"]
+        self.begin_step()
 
-    def now(self) -> list[float]:
-        return [time.process_time(), time.perf_counter()]  # process_time: of all threads
+    def begin_step(self) -> None:
+        self.start = now()
+        self.rollout = Seconds(0.0, 0.0)
 
     def timed(self, function, look=None):
         """The function, with its time counted as rollout; `look` is shown what it returns."""
 
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
-            start = self.now()
+            start = now()
             result = function(*args, **kwargs)
-            self.rollout = [x + b - a for x, a, b in zip(self.rollout, start, self.now(), strict=True)]
+            took = since(start)
+            self.rollout = Seconds(self.rollout.cpu + took.cpu, self.rollout.wall + took.wall)
             if look:
                 look(result)
             return result
@@ -99,20 +171,37 @@ class Clock:
 
     def step(self, **counts) -> None:
         """To be called after every step. After the last one it writes the result and ends the process."""
-        cpu, wall = (b - a for a, b in zip(self.mark, self.now(), strict=True))
+        took = since(self.start)
         if not self.steps:
-            self.first = time.time() - self.job["started"]
-        self.steps.append({"cpu": cpu, "wall": wall, "rollout_cpu": self.rollout[0], "rollout_wall": self.rollout[1]})
-        self.steps[-1] |= counts
-        if len(self.steps) == self.job["warmup"] + self.job["steps"]:
-            counted = self.steps[self.job["warmup"] :]
-            result = {f"{x}_ms": 1000 * statistics.median(s[x] for s in counted) for x in counted[0] if x not in counts}
-            result |= {x: statistics.fmean(s[x] for s in counted) for x in counts}
-            result |= {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}  # KiB on Linux
-            result |= {"first_step_s": self.first, "each_cpu_ms": [round(1000 * s["cpu"], 1) for s in counted]}
-            Path(self.job["result"]).write_text(json.dumps(result))
-            raise SystemExit
-        self.mark, self.rollout = self.now(), [0.0, 0.0]
+            self.first_step_s = time.time() - self.job["started"]
+        seconds = {
+            "cpu": took.cpu,
+            "wall": took.wall,
+            "rollout_cpu": self.rollout.cpu,
+            "rollout_wall": self.rollout.wall,
+        }
+        self.steps.append(seconds | counts)
+        if len(self.steps) == self.last_step:
+            self.finish(self.result(list(seconds), list(counts)))
+        self.begin_step()
+
+    def result(self, seconds: list[str], counts: list[str]) -> dict:
+        """The numbers of a run, from the steps after the warm-up."""
+        counted = self.steps[self.job["warmup"] :]
+        result = {}
+        for name in seconds:
+            result[f"{name}_ms"] = 1000 * statistics.median(step[name] for step in counted)
+        for name in counts:
+            result[name] = statistics.fmean(step[name] for step in counted)
+        result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # it is in KiB on Linux
+        result["first_step_s"] = self.first_step_s
+        result["each_cpu_ms"] = [round(1000 * step["cpu"], 1) for step in counted]
+        return result
+
+    def finish(self, result: dict) -> None:
+        """Write the result and end the process: no evaluation, no checkpoint."""
+        Path(self.job["result"]).write_text(json.dumps(result))
+        raise SystemExit
 
 
 class Profile(Clock):
@@ -128,63 +217,73 @@ class Profile(Clock):
         self.steps.append(counts)
         if len(self.steps) == self.job["warmup"]:
             self.profiler.start()
-            self.mark = self.now()
-        if len(self.steps) == self.job["warmup"] + self.job["steps"]:
-            cpu = self.now()[0] - self.mark[0]
+            self.start = now()
+        if len(self.steps) == self.last_step:
+            took = since(self.start)
             self.profiler.stop()
-            Path(self.job["result"]).write_text(json.dumps(self.shares(cpu)))
-            raise SystemExit
+            self.finish(self.shares(took.cpu))
 
     def shares(self, cpu: float) -> dict:
-        """ms of a step by kind, GFLOP of its products of matrices, GFLOP/s that this core reaches in such products."""
-        parts, flops, steps = {"products": 0.0, "attention": 0.0, "other": 0.0}, 0, self.job["steps"]
+        """ms of a step by kind, GFLOP of its products of matrices, GFLOP/s that this core reaches in such products.
+
+        cpu: seconds of CPU time of all counted steps. What the profiler finds in no operation is called Python. The
+        profiler's own clock is the wall's, so this remainder is too small where other processes had the core for a
+        while, and may even be negative; it is given as it comes out, since it shows that the machine was not free.
+        """
+        steps = self.job["steps"]
+        ms = {"products": 0.0, "attention": 0.0, "other": 0.0}
+        flops = 0
         for event in self.profiler.key_averages():
-            product = event.key in ("aten::mm", "aten::addmm", "aten::bmm")
-            flops += event.flops if product else 0
-            kind = "attention" if "scaled_dot_product" in event.key else "products" if product else "other"
-            parts[kind] += event.self_cpu_time_total / 1000 / steps
-        parts["python"] = 1000 * cpu / steps - sum(parts.values())
-        return parts | {"gflop": flops / 1e9 / steps, "gflops": self.rate()}
+            kind = kind_of(event.key)
+            ms[kind] += event.self_cpu_time_total / 1000 / steps
+            if kind == "products":
+                flops += event.flops
+        ms["python"] = 1000 * cpu / steps - sum(ms.values())
+        return ms | {"gflop": flops / 1e9 / steps, "gflops": matrix_rate(SIZES[self.job["size"]])}
 
-    def rate(self) -> float:
-        import torch
 
-        width, rates = SIZES[self.job["size"]], []
-        a, b = torch.randn(1024, width), torch.randn(width, 4 * width)  # as in the layers, for half of a rollout
-        for _ in range(50):
-            start = time.process_time()
-            torch.mm(a, b)
-            rates.append(2 * 1024 * width * 4 * width / 1e9 / (time.process_time() - start))
-        return max(rates)
+def kind_of(operation: str) -> str:
+    """Where an operation counts, by its name in the profile."""
+    if "scaled_dot_product" in operation:
+        return "attention"
+    if operation in ("aten::mm", "aten::addmm", "aten::bmm"):
+        return "products"
+    return "other"
+
+
+def matrix_rate(width: int) -> float:
+    """The highest GFLOP/s of a product as in the layers of a model, for half of the tokens of a rollout."""
+    import torch
+
+    a = torch.randn(1024, width)
+    b = torch.randn(width, 4 * width)
+    flops = 2 * 1024 * width * 4 * width
+    rates = []
+    for _ in range(50):
+        start = now()
+        torch.mm(a, b)
+        rates.append(flops / 1e9 / since(start).cpu)
+    return max(rates)
 
 
 # --- our side: the scripts as they are, with the flags of this work ---
 
 
 def main(job: dict) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    """Run the script of a job under the clock."""
+    sys.path.insert(0, str(ROOT))
     import rewards
-    import rollout
-    import run
+    from plumbing.run import Run
+    from rollout import HFSampler
 
-    script, _, case = job["case"].partition("-")
+    rewards.REWARDS["spread"] = spread
+    rewards.REWARDS["digit"] = digit
+    script, case = script_and_case(job)
     module = importlib.import_module(script)
-    folder, data = Path(job["folder"]), "pairs" if script == "dpo" else "questions"
-    flags = {
-        "model": str(folder / f"{job['size']}-{case or 'b'}"), "out": job["out"], "template": "plain", "sampler": "hf",
-        "data": (str(folder / f"{data}.jsonl"), str(folder / f"{data}-held-out.jsonl")), "lr": LR,
-        "max_new_tokens": TOKENS, "tokens_per_microbatch": 8192,  # all at once, as TRL
-        "eval_every": 0, "eval_prompts": 1, "save_every": 0,
-        "steps": job["warmup"] + job["steps"] + 1,  # the last one, which evaluates and saves, is not reached
-    }  # fmt: skip
-    if script == "dpo":
-        flags |= {"pairs_per_step": ROWS, "beta": DPO_BETA}
-    else:
-        rewards.REWARDS |= {"spread": spread, "digit": digit}
-        flags |= {"task": "qa", "rewards": ("spread" if case == "a" else "digit",), "prompts_per_step": PROMPTS}
-        flags |= {"group_size": GROUP, "clip_low": CLIP, "clip_high": CLIP, "beta": KL if script == "ppo" else 0.0}
-    clock = (Profile if job["side"] == "profile" else Clock)(job)
-    counts, log, steps = {}, run.Run.log, run.Run.steps
+    clock = Profile(job) if job["side"] == "profile" else Clock(job)
+    counts = {}
+    log = Run.log
+    steps = Run.steps
 
     def log_and_look(self, *args, **kwargs):
         log(self, *args, **kwargs)
@@ -197,11 +296,53 @@ def main(job: dict) -> None:
             yield step
             clock.step(**counts)
 
-    rollout.HFSampler.generate = clock.timed(rollout.HFSampler.generate)
-    run.Run.log, run.Run.steps = log_and_look, timed_steps
-    module.main(module.Config(**flags))
+    HFSampler.generate = clock.timed(HFSampler.generate)
+    Run.log = log_and_look
+    Run.steps = timed_steps
+    module.main(module.Config(**script_flags(job)))
+
+
+def script_and_case(job: dict) -> tuple[str, str]:
+    """("grpo", "a") of "grpo-a"; dpo has one case only, with model b."""
+    script, _, case = job["case"].partition("-")
+    return script, case or "b"
+
+
+def script_flags(job: dict) -> dict:
+    """The flags of the script of a job."""
+    script, case = script_and_case(job)
+    folder = Path(job["folder"])
+    data = "pairs" if script == "dpo" else "questions"
+    flags = {
+        "model": str(folder / f"{job['size']}-{case}"),
+        "data": (str(folder / f"{data}.jsonl"), str(folder / f"{data}-held-out.jsonl")),
+        "out": job["out"],
+        "template": "plain",
+        "max_new_tokens": TOKENS,
+        "tokens_per_microbatch": 8192,  # all at once, as TRL
+        "lr": LR,
+        "steps": job["warmup"] + job["steps"] + 1,  # the last one, which evaluates and saves, is not reached
+        "eval_every": 0,
+        "eval_prompts": 1,
+        "save_every": 0,
+    }
+    if script == "dpo":
+        return flags | {"pairs_per_step": ROWS, "beta": DPO_BETA}
+    return flags | {
+        "task": "qa",
+        "sampler": "hf",
+        "rewards": ("spread" if case == "a" else "digit",),
+        "prompts_per_step": PROMPTS,
+        "group_size": GROUP,
+        "clip_low": CLIP,
+        "clip_high": CLIP,
+        "beta": KL if script == "ppo" else 0.0,
+    }
 
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    make_work(Path(job["folder"])) if job["side"] == "work" else main(job)
+    if job["side"] == "work":
+        make_work(Path(job["folder"]))
+    else:
+        main(job)

@@ -36,40 +36,68 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from plumbing.fail import fail  # noqa: E402
+
 JSON = ROOT / "benchmarks" / "trl.json"
 GOALS = {  # case -> CPU time of TRL / ours, to reach
-    "grpo-a": 1.25, "grpo-b": 2.0, "rloo-a": None, "rloo-b": 2.2, "ppo-a": 3.0, "ppo-b": 3.0, "dpo": 1.25
-}  # fmt: skip
+    "grpo-a": 1.25,
+    "grpo-b": 2.0,
+    "rloo-a": None,
+    "rloo-b": 2.2,
+    "ppo-a": 3.0,
+    "ppo-b": 3.0,
+    "dpo": 1.25,
+}
 SIZES = {"small": "1.05", "large": "4.2"}  # million parameters
+SIDES = ["ours", "trl==1.16.0", "trl==1.12.0"]  # each has an environment of this name
 WARMUP = 4  # first steps of a run, not counted
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+
 
 # --- environments ---
 
 
-def make_environments(folder: Path, python: str) -> dict[str, str]:
-    """The Python of each side; what is complete already is used as it is. `python`: ours, if given."""
-    pythons = {name: str(folder / name / "bin" / "python") for name in ("ours", "trl==1.16.0", "trl==1.12.0")}
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    for name in pythons:
-        if name == "ours" and python:
-            pythons[name] = python
-        elif not (folder / name / "complete").exists():
-            print(f"making the environment {folder / name}", flush=True)
-            subprocess.run([sys.executable, "-m", "venv", "--clear", folder / name], check=True)
-            pip = [pythons[name], "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-            subprocess.run([*pip, *(x for x in dependencies if x.startswith("torch"))], check=True)
-            same = "torch transformers tokenizers accelerate datasets numpy".split()
-            pins = [] if name == "ours" else [f"{x}=={y}" for x, y in versions(pythons["ours"], same).items()]
-            subprocess.run([*pip, *([str(ROOT)] if name == "ours" else [name, *pins])], check=True)
-            (folder / name / "complete").touch()
+def make_environments(folder: Path, ours: str) -> dict[str, str]:
+    """The Python of each side; what is complete already is used as it is. `ours`: the Python of our side, if given."""
+    pythons = {}
+    for side in SIDES:
+        if side == "ours" and ours:
+            pythons[side] = ours
+            continue
+        pythons[side] = str(folder / side / "bin" / "python")
+        if not (folder / side / "complete").exists():
+            make_environment(folder, side, pythons)
     return pythons
 
 
+def make_environment(folder: Path, side: str, pythons: dict[str, str]) -> None:
+    """Install one side. TRL gets the versions that ours, which comes first, has of the packages that both need."""
+    print(f"making the environment {folder / side}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", folder / side], check=True)
+    pip = [pythons[side], "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    torch = [dependency for dependency in dependencies if dependency.startswith("torch")]
+    subprocess.run([*pip, *torch], check=True)
+    if side == "ours":
+        subprocess.run([*pip, str(ROOT)], check=True)
+    else:
+        same = versions(pythons["ours"], ["torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy"])
+        pins = [f"{package}=={version}" for package, version in same.items()]
+        subprocess.run([*pip, side, *pins], check=True)
+    (folder / side / "complete").touch()
+
+
 def versions(python: str, packages: list[str]) -> dict[str, str]:
+    """The versions of these packages that a Python has."""
     code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
     output = subprocess.run([python, "-c", code, *packages], check=True, capture_output=True, text=True).stdout
     return dict(zip(packages, output.split(), strict=True))
@@ -78,40 +106,54 @@ def versions(python: str, packages: list[str]) -> dict[str, str]:
 # --- measuring ---
 
 
-def work(python: str, **job) -> dict:
-    """What a job measured, done in a process of its own."""
-    script = ROOT / "benchmarks" / ("theirs.py" if job["side"].startswith("trl") else "ours.py")
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        job |= {"out": str(Path(folder) / "run"), "result": str(result), "started": time.time()}
-        command = [python, "-P", str(script), json.dumps(job)]
-        process = subprocess.run(command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
-        if process.returncode:
-            raise SystemExit(f"{job} failed:\n{process.stderr[-3000:]}")
-        return json.loads(result.read_text()) if result.exists() else {}
-
-
 def measure(pythons: dict[str, str], cases: list[str], sizes: list[str], steps: int, rounds: int) -> Iterator[dict]:
     """One record for each size, case, round and side."""
     with tempfile.TemporaryDirectory() as folder:
         work(pythons["ours"], side="work", folder=folder)
-        for size in sizes:
-            for case in cases:
-                for i in range(rounds):
-                    for side in ("ours", "trl==1.12.0" if case.startswith("ppo") else "trl==1.16.0"):
-                        job = {"size": size, "case": case, "round": i, "side": side}
-                        r = job | work(pythons[side], folder=folder, warmup=WARMUP, steps=steps, **job)
-                        print(f"{size:5} {case:6} {side:11} {r['cpu_ms']:5.0f} ms of CPU time per step,", end=" ")
-                        print(f"{r['wall_ms']:5.0f} in all; {r['first_step_s']:4.1f} s to the first", flush=True)
-                        yield r
+        for job in jobs(cases, sizes, rounds):
+            python = pythons[job["side"]]
+            record = job | work(python, folder=folder, warmup=WARMUP, steps=steps, **job)
+            print(
+                f"{job['size']:5} {job['case']:6} {job['side']:11} {record['cpu_ms']:5.0f} ms of CPU time per step, "
+                f"{record['wall_ms']:5.0f} in all; {record['first_step_s']:4.1f} s to the first",
+                flush=True,
+            )
+            yield record
+
+
+def jobs(cases: list[str], sizes: list[str], rounds: int) -> Iterator[dict]:
+    """What is measured, in this order: our side and TRL's take turns."""
+    for size in sizes:
+        for case in cases:
+            theirs = "trl==1.12.0" if case.startswith("ppo") else "trl==1.16.0"
+            for number in range(rounds):
+                for side in ("ours", theirs):
+                    yield {"size": size, "case": case, "round": number, "side": side}
 
 
 def profiles(pythons: dict[str, str], cases: list[str], sizes: list[str]) -> Iterator[dict]:
     """Where our time goes, in two steps of each case."""
     with tempfile.TemporaryDirectory() as folder:
         work(pythons["ours"], side="work", folder=folder)
-        for job in ({"size": size, "case": case, "side": "profile"} for size in sizes for case in cases):
-            yield job | work(pythons["ours"], folder=folder, warmup=WARMUP, steps=2, **job)
+        for size in sizes:
+            for case in cases:
+                job = {"size": size, "case": case, "side": "profile"}
+                yield job | work(pythons["ours"], folder=folder, warmup=WARMUP, steps=2, **job)
+
+
+def work(python: str, **job) -> dict:
+    """What a job measured, done in a process of its own."""
+    script = "theirs.py" if job["side"].startswith("trl") else "ours.py"
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        job["out"] = str(Path(folder) / "run")
+        job["result"] = str(result)
+        job["started"] = time.time()
+        command = [python, "-P", str(ROOT / "benchmarks" / script), json.dumps(job)]
+        process = subprocess.run(command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+        if process.returncode:
+            fail(f"{job} failed:\n{process.stderr[-3000:]}")
+        return json.loads(result.read_text()) if result.exists() else {}
 
 
 # --- the table ---
@@ -120,88 +162,144 @@ def profiles(pythons: dict[str, str], cases: list[str], sizes: list[str]) -> Ite
 def page(record: dict) -> str:
     """The Markdown page of a record: what was measured where, and two tables for each size."""
     lines = ["# The same work in TRL and here", ""]
-    lines += [f"`{record['command']}`, {record['date']}, one thread of {record['cpu']}.", ""]
+    lines.append(f"`{record['command']}`, {record['date']}, one thread of {record['cpu']}.")
+    lines.append("")
     for side, found in record["versions"].items():
-        lines += [f"- {side}: " + ", ".join(f"{package} {version}" for package, version in found.items())]
-    lines += ["", f"Median of {record['steps']} steps after {WARMUP}, then of {record['rounds']} runs of each side."]
-    lines += ["A ratio is TRL / ours, in brackets its smallest and largest of the rounds; bold: the goal is reached."]
-    lines += ["`benchmarks/trl.py` says in its first lines what the work is."]
-    for size, millions in SIZES.items():
-        measured = {case: both for case in GOALS if all(both := sides(record, size, case))}
-        if not measured:
-            continue
-        heads = "per step|CPU ms, ours|TRL|ratio|goal|wall ms, ours|TRL|ratio"
-        lines += ["", f"## {millions} M parameters", "", *head(heads)]
-        lines += [f"| {case} | {' | '.join(times(*both, GOALS[case]))} |" for case, both in measured.items()]
-        heads = "|rollout CPU ms, ours|TRL|update CPU ms, ours|TRL|tokens per step, ours|TRL"
-        heads += "|informative groups, ours|TRL|peak MB, ours|TRL|first step after s, ours|TRL"
-        lines += ["", *head(heads)]
-        lines += [f"| {case} | {' | '.join(details(*both))} |" for case, both in measured.items()]
-        lines += where(record, size)
+        packages = [f"{package} {version}" for package, version in found.items()]
+        lines.append(f"- {side}: {', '.join(packages)}")
+    lines.append("")
+    lines.append(f"Median of {record['steps']} steps after {WARMUP}, then of {record['rounds']} runs of each side.")
+    lines.append(
+        "A ratio is TRL / ours, in brackets its smallest and largest of the rounds; bold: the goal is reached."
+    )
+    lines.append("`benchmarks/trl.py` says in its first lines what the work is.")
+    for size in SIZES:
+        measured = [case for case in GOALS if all(sides(record, size, case))]  # on both sides
+        if measured:
+            lines += comparison(record, size, measured)
+            lines += where(record, size)
     return "\n".join(lines) + "\n"
+
+
+def comparison(record: dict, size: str, cases: list[str]) -> list[str]:
+    """The part of the page on both sides: time with its ratios, and details."""
+    lines = ["", f"## {SIZES[size]} M parameters", ""]
+    lines += head("per step|CPU ms, ours|TRL|ratio|goal|wall ms, ours|TRL|ratio")
+    for case in cases:
+        ours, theirs = sides(record, size, case)
+        lines.append(table_row(case, *times(ours, theirs, GOALS[case])))
+    lines.append("")
+    lines += head(
+        "|rollout CPU ms, ours|TRL|update CPU ms, ours|TRL|tokens per step, ours|TRL"
+        "|informative groups, ours|TRL|peak MB, ours|TRL|first step after s, ours|TRL"
+    )
+    for case in cases:
+        ours, theirs = sides(record, size, case)
+        lines.append(table_row(case, *details(ours, theirs)))
+    return lines
 
 
 def where(record: dict, size: str) -> list[str]:
     """The part of the page on where our time goes, and how little it could be."""
-    rows = [p for p in record.get("profiles", []) if p["size"] == size]
+    found = [profile for profile in record.get("profiles", []) if profile["size"] == size]
+    if not found:
+        return []
     lines = ["", "Where our time goes, ms of CPU time per step, with torch's profiler, which slows small operations."]
-    lines += ["Floor: the products of matrices alone, at the rate of a large one, as if all else were free."]
-    heads = "|products of matrices|attention|other tensor operations|Python|GFLOP in products|at GFLOP/s|floor, ms"
-    lines += ["", *head(heads + "|TRL / floor")]
-    for p in rows:
-        floor = 1000 * p["gflop"] / p["gflops"]
-        _, theirs = sides(record, size, p["case"])
-        cells = [f"{p[name]:.0f}" for name in ("products", "attention", "other", "python")]
-        cells += [f"{p['gflop']:.1f}", f"{p['gflops']:.0f}", f"{floor:.0f}", f"{middle(theirs, 'cpu_ms') / floor:.2f}"]
-        lines += [f"| {p['case']} | {' | '.join(cells)} |"]
-    return lines if rows else []
+    lines.append("Floor: the products of matrices alone, at the rate of a large one, as if all else were free.")
+    lines.append("")
+    lines += head(
+        "|products of matrices|attention|other tensor operations|Python|GFLOP in products|at GFLOP/s|floor, ms"
+        "|TRL / floor"
+    )
+    for profile in found:
+        case = profile["case"]
+        floor = 1000 * profile["gflop"] / profile["gflops"]
+        _, theirs = sides(record, size, case)
+        cells = [f"{profile[name]:.0f}" for name in ("products", "attention", "other", "python")]
+        cells.append(f"{profile['gflop']:.1f}")
+        cells.append(f"{profile['gflops']:.0f}")
+        cells.append(f"{floor:.0f}")
+        cells.append(f"{middle(theirs, 'cpu_ms') / floor:.2f}")
+        lines.append(table_row(case, *cells))
+    return lines
 
 
 def summary(record: dict) -> str:
     """The table of the README: TRL's CPU time per step divided by ours."""
-    lines = head("|" + "|".join(f"{millions} M parameters" for millions in SIZES.values()) + "|to reach")
+    columns = [f"{millions} M parameters" for millions in SIZES.values()]
+    lines = head("|".join(["", *columns, "to reach"]))
     for case, goal in GOALS.items():
         cells = []
         for size in SIZES:
             ours, theirs = sides(record, size, case)
-            cells.append(f"{middle(theirs, 'cpu_ms') / middle(ours, 'cpu_ms'):.2f}" if ours and theirs else "")
-        lines += [f"| {case} | {' | '.join(cells)} | {f'{goal:.2f}' if goal else ''} |"]
+            if ours and theirs:
+                cells.append(f"{middle(theirs, 'cpu_ms') / middle(ours, 'cpu_ms'):.2f}")
+            else:
+                cells.append("")
+        lines.append(table_row(case, *cells, goal_cell(goal)))
     return "\n".join(lines) + "\n"
 
 
 def sides(record: dict, size: str, case: str) -> tuple[list[dict], list[dict]]:
     """What was measured here, and in TRL."""
-    runs = [r for r in record["results"] if (r["size"], r["case"]) == (size, case)]
-    return [r for r in runs if r["side"] == "ours"], [r for r in runs if r["side"] != "ours"]
-
-
-def head(names: str) -> list[str]:
-    return [f"| {names.replace('|', ' | ')} |", "|---" * (names.count("|") + 1) + "|"]
+    runs = [run for run in record["results"] if run["size"] == size and run["case"] == case]
+    ours = [run for run in runs if run["side"] == "ours"]
+    theirs = [run for run in runs if run["side"] != "ours"]
+    return ours, theirs
 
 
 def times(ours: list[dict], theirs: list[dict], goal: float | None) -> list[str]:
+    """The cells on CPU and wall time."""
+    return [
+        f"{middle(ours, 'cpu_ms'):.0f}",
+        f"{middle(theirs, 'cpu_ms'):.0f}",
+        ratio_cell(ours, theirs, "cpu_ms", goal),
+        goal_cell(goal),
+        f"{middle(ours, 'wall_ms'):.0f}",
+        f"{middle(theirs, 'wall_ms'):.0f}",
+        ratio_cell(ours, theirs, "wall_ms", None),
+    ]
+
+
+def ratio_cell(ours: list[dict], theirs: list[dict], name: str, goal: float | None) -> str:
+    """TRL / ours, bold if the goal is reached, and its range over the rounds that both have done."""
+    ratio = middle(theirs, name) / middle(ours, name)
+    of_rounds = [y[name] / x[name] for x, y in zip(ours, theirs, strict=False)]
+    bold = "**" if goal and ratio >= goal else ""
+    return f"{bold}{ratio:.2f}{bold} ({min(of_rounds):.2f} to {max(of_rounds):.2f})"
+
+
+def goal_cell(goal: float | None) -> str:
+    return f"{goal:.2f}" if goal else ""
+
+
+def details(ours: list[dict], theirs: list[dict]) -> list[str]:
+    """The cells on rollout and update, tokens, groups, memory and the first step; empty where a case has no such."""
     cells = []
-    for name in ("cpu_ms", "wall_ms"):
-        a, b = middle(ours, name), middle(theirs, name)
-        ratios = [y[name] / x[name] for x, y in zip(ours, theirs, strict=False)]  # rounds that both have done
-        bold = "**" if name == "cpu_ms" and goal and b / a >= goal else ""
-        cells += [f"{a:.0f}", f"{b:.0f}", f"{bold}{b / a:.2f}{bold} ({min(ratios):.2f} to {max(ratios):.2f})"]
-        if name == "cpu_ms":
-            cells.append(f"{goal:.2f}" if goal else "")
-    return cells
-
-
-def details(*sides: list[dict]) -> list[str]:
-    rollouts, totals = ([middle(side, name) for side in sides] for name in ("rollout_cpu_ms", "cpu_ms"))
-    cells = [f"{x:.0f}" if x else "" for x in rollouts]
-    cells += [f"{y - x:.0f}" for x, y in zip(rollouts, totals, strict=True)]
+    for side in (ours, theirs):
+        rollout = middle(side, "rollout_cpu_ms")
+        cells.append(f"{rollout:.0f}" if rollout else "")
+    for side in (ours, theirs):
+        update = middle(side, "cpu_ms") - middle(side, "rollout_cpu_ms")
+        cells.append(f"{update:.0f}")
     for name, digits in (("tokens", 0), ("informative", 2), ("peak_mb", 0), ("first_step_s", 1)):
-        cells += [f"{middle(side, name):.{digits}f}" if name in side[0] else "" for side in sides]
+        for side in (ours, theirs):
+            cells.append(f"{middle(side, name):.{digits}f}" if name in side[0] else "")
     return cells
 
 
 def middle(records: list[dict], name: str) -> float:
-    return statistics.median(r[name] for r in records)
+    return statistics.median(record[name] for record in records)
+
+
+def head(names: str) -> list[str]:
+    """The two lines above the rows of a table; | stands between the names."""
+    columns = names.split("|")
+    return [table_row(*columns), "|---" * len(columns) + "|"]
+
+
+def table_row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 # --- the command ---
@@ -219,23 +317,38 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="measure nothing: the table of --out again")
     flags = parser.parse_args()
     if not flags.table:
-        pythons = make_environments(flags.envs.resolve(), flags.ours_python)
-        packages = ["torch", "transformers", "accelerate"]
-        found = {side: versions(python, packages) for side, python in pythons.items()}
-        cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-        record = {
-            "command": f"python benchmarks/trl.py --steps {flags.steps} --rounds {flags.rounds}",
-            "date": time.strftime("%Y-%m-%d"), "cpu": cpu[0].partition(": ")[2] if cpu else "a CPU",
-            "versions": found, "steps": flags.steps, "rounds": flags.rounds, "results": [], "profiles": [],
-        }  # fmt: skip
-        for result in measure(pythons, flags.case, flags.size, flags.steps, flags.rounds):
-            record["results"].append(result)
-            flags.out.write_text(json.dumps(record, indent=1) + "\n")  # each time: --table shows what there is
-        record["profiles"] = list(profiles(pythons, flags.case, flags.size))
-        flags.out.write_text(json.dumps(record, indent=1) + "\n")
+        measure_all(flags)
     table = flags.out.with_suffix(".md")
     table.write_text(page(json.loads(flags.out.read_text())))
     print(table.read_text())
+
+
+def measure_all(flags: argparse.Namespace) -> None:
+    """Write the record. It is written anew after each run: --table shows what there is."""
+    pythons = make_environments(flags.envs.resolve(), flags.ours_python)
+    packages = ["torch", "transformers", "accelerate"]
+    record = {
+        "command": f"python benchmarks/trl.py --steps {flags.steps} --rounds {flags.rounds}",
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu_name(),
+        "versions": {side: versions(python, packages) for side, python in pythons.items()},
+        "steps": flags.steps,
+        "rounds": flags.rounds,
+        "results": [],
+        "profiles": [],
+    }
+    for result in measure(pythons, flags.case, flags.size, flags.steps, flags.rounds):
+        record["results"].append(result)
+        flags.out.write_text(json.dumps(record, indent=1) + "\n")
+    record["profiles"] = list(profiles(pythons, flags.case, flags.size))
+    flags.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return "a CPU"
 
 
 if __name__ == "__main__":

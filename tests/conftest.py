@@ -29,6 +29,23 @@ def sampler(tiny):
     return make_sampler(*tiny)
 
 
+@pytest.fixture(scope="session")
+def prompts(tiny):
+    """Prompts of unequal lengths: sums of 3 to 6 numbers."""
+    from data import encode_prompts, load_task
+
+    examples = encode_prompts(load_task("arithmetic").test[:12], tiny[1], "plain", 64)
+    prompts = [example["prompt_ids"] for example in examples]
+    assert len(set(map(len, prompts))) > 1
+    return prompts
+
+
+@pytest.fixture
+def batch(tiny, prompts):
+    """Four responses to each of these prompts."""
+    return make_sampler(*tiny).generate(prompts, n=4, temperature=0.8, seed=1)
+
+
 def make_sampler(policy, tokenizer, stop=(), **flags):
     """The Hugging Face sampler as a script makes it, with the stop strings given."""
     import grpo
@@ -36,6 +53,17 @@ def make_sampler(policy, tokenizer, stop=(), **flags):
 
     ends = {tokenizer.eos_token_id}
     return HFSampler(grpo.Config(**flags), policy, tokenizer, ends, list(stop), Accelerator(cpu=True).autocast)
+
+
+def assert_end_tokens_are_trained(batch, tokenizer) -> list[int]:
+    """The end token is the last one on the mask of every response that ended; returns the rows of these responses."""
+    ended = [i for i, reason in enumerate(batch.finish_reasons) if reason == "stop"]
+    assert len(ended) > 10
+    for i in ended:
+        last = int(batch.lengths[i]) - 1
+        assert batch.response_ids[i, last] == tokenizer.eos_token_id and batch.response_mask[i, last]
+        assert not batch.response_mask[i, last + 1 :].any()
+    return ended
 
 
 def run_script(script: str, *flags, check: bool = True) -> subprocess.CompletedProcess:

@@ -1,17 +1,16 @@
-"""Tests of data.py: splits, files and their error lines, prompts, the draw of each step, demonstrations."""
+"""data.py: splits, files and their error lines, prompts, the draw of each step."""
 
 import collections
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 
 PROCEDURAL = ["arithmetic", "arithmetic:2", "arithmetic:4", "arithmetic_words", "countdown", "countdown:2"]
@@ -144,13 +143,12 @@ def test_tasks_do_not_depend_on_the_process():
         "import data, hashlib\n"
         "for name in ['arithmetic', 'arithmetic_words', 'countdown:3']:\n"
         "    print(hashlib.md5(repr(data.load_task(name)).encode()).hexdigest())\n"
-        "print(hashlib.md5(repr(data.demonstrations(500, 3)).encode()).hexdigest())\n"
         "print(data.draw(list(range(50)), 7, 1, 20))\n"
     )
     outputs = [
         subprocess.run(
             [sys.executable, "-c", program],
-            cwd=Path(data.__file__).parent,
+            cwd=ROOT,
             env=os.environ | {"PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,
@@ -158,7 +156,7 @@ def test_tasks_do_not_depend_on_the_process():
         ).stdout
         for seed in ("1", "2")
     ]
-    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 5
+    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 4
 
 
 @pytest.mark.parametrize("name", ["arithmetic:1", "arithmetic:6-3", "arithmetic:x", "arithmetic:3-99", "countdown:1"])
@@ -207,6 +205,13 @@ def test_gsm8k_format(tmp_path):
 def test_answers_and_verifiers(task, text, answer, verifier):
     example = data.to_example({"problem": " Q? ", "solution": text}, task, "here")
     assert (example["question"], example["answer"], example["verifier"]) == ("Q?", answer, verifier)
+
+
+def test_an_answer_may_be_a_number(tmp_path):
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": i + 1}) + "\n" for i in range(20)))
+    task = data.load_task("qa", (str(path),))
+    assert all(example["answer"] == str(int(example["question"].split()[0]) + 1) for example in task.train)
 
 
 def test_one_file_is_split_and_repeats_are_dropped(tmp_path, capsys):
@@ -270,18 +275,6 @@ def test_empty_and_missing_files(tmp_path):
         data.load_task("qa", (str(tmp_path),))
 
 
-def test_read_jsonl_of_pairs(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "1+1=", "response": " 2\\n"}\r\n{"question": "2+2=", "completion": "4"}')
-    assert data.read_jsonl(str(path), ("prompt", "response")) == [
-        {"prompt": "1+1=", "response": " 2\n"},
-        {"prompt": "2+2=", "response": "4"},
-    ]
-    path.write_text('{"prompt": "1+1="}\n')
-    with pytest.raises(SystemExit, match='pairs.jsonl:1: no "response"'):
-        data.read_jsonl(str(path), ("prompt", "response"))
-
-
 def test_without_network_the_message_names_the_data_flag(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach the Hub\nand a second line")
@@ -327,12 +320,16 @@ def test_resolve_template_and_stop_strings():
     assert data.resolve_template(plain, "auto") == "plain"
     assert data.resolve_template(chat, "auto") == "chat"
     assert data.resolve_template(chat, "plain") == "plain"
-    assert data.stop_strings("plain") == []
-    assert data.stop_strings("r1") == ["</answer>"] and data.stop_strings("chat") == []
+    assert data.stop_strings(chat, "plain") == [] and data.stop_strings(plain, "plain") == []
+    assert data.stop_strings(chat, "r1") == ["</answer>"] and data.stop_strings(plain, "r1") == ["</answer>"]
+    assert data.stop_strings(chat, "chat") == []
+    assert data.stop_strings(chat, "auto") == data.stop_strings(plain, "auto") == []
     with pytest.raises(SystemExit, match="no chat template; use --template r1 or plain"):
         data.encode_prompt(EXAMPLE, plain, "chat")
     with pytest.raises(SystemExit, match="choose from auto, plain, r1, chat"):
         data.resolve_template(plain, "R1")
+    with pytest.raises(SystemExit, match="no chat template"):
+        data.stop_strings(plain, "chat")
 
 
 def test_rendered_prompts():
@@ -366,7 +363,7 @@ def test_too_long_prompts_are_counted_and_left_out(capsys):
     assert kept[0]["prompt_ids"] == data.encode_prompt(examples[0], tokenizer, "plain")
     assert "prompt_ids" not in examples[0]
     assert capsys.readouterr().out == (
-        "data: 2 of 4 train prompts are longer than --max-prompt-tokens 5 and were left out\n"
+        "data: 2 of 4 training prompts are longer than --max-prompt-tokens 5 and were left out\n"
     )
     assert len(data.encode_prompts(examples, tokenizer, "plain", 100, split="test")) == 4
     assert capsys.readouterr().out == ""
@@ -405,58 +402,3 @@ def test_draw_is_a_pure_function_of_seed_and_step():
     assert forwards != [data.draw(examples, 10, seed=2, step=step) for step in range(1, 31)]
     assert sum(forwards[:10], []) != sum(forwards[10:20], [])  # another order in the second epoch
     assert examples == list(range(100))
-
-
-# --- demonstrations ---
-
-
-def kind_of(response):
-    """The kind of a demonstration, told from its format alone."""
-    if response.startswith("<answer>"):
-        return "guess"
-    if ",wait" in response:
-        return "ramble"
-    return "think" if response.endswith("</answer>") else "broken"
-
-
-def test_demonstrations():
-    task = data.load_task("arithmetic")
-    pairs = data.demonstrations(4000, seed=0)
-    prompts = {pair["prompt"] for pair in pairs}
-    assert prompts <= set(questions(task.train)) and not prompts & set(questions(task.test))
-    assert pairs == data.demonstrations(4000, seed=0) != data.demonstrations(4000, seed=1)
-
-    kinds = collections.defaultdict(list)
-    for pair in pairs:
-        kinds[kind_of(pair["response"])].append((pair["response"], sum(map(int, pair["prompt"][:-1].split("+")))))
-    for kind, share in data.MIXTURE.items():
-        assert len(kinds[kind]) / len(pairs) == pytest.approx(share, abs=0.03)
-
-    for response, total in kinds["think"]:
-        assert response.startswith("<think>") and response.endswith(f"</think><answer>{total}</answer>")
-        sums = response[len("<think>") : response.index("</think>")].split(",")
-        assert all(eval(left) == int(right) for left, right in (step.split("=") for step in sums))
-    right = sum(response == f"<answer>{total}</answer>" for response, total in kinds["guess"])
-    assert 0 < right < 0.15 * len(kinds["guess"])
-    assert not any("<answer>" in response and "</answer>" in response for response, _ in kinds["broken"])
-    answered = sum("</answer>" in response for response, _ in kinds["ramble"])
-    assert 0.4 < answered / len(kinds["ramble"]) < 0.6
-    assert all(65 <= len(response) <= 110 for response, _ in kinds["ramble"])
-
-
-def test_running_sums_of_one_demonstration():
-    assert (
-        data.demonstrate({"question": "3+5+9="}, "think", rng=None) == "<think>3+5=8,8+9=17</think><answer>17</answer>"
-    )
-
-
-def test_demonstrations_may_outnumber_the_questions():
-    pairs = data.demonstrations(9000, seed=0)
-    assert len(pairs) == 9000 and len({pair["prompt"] for pair in pairs}) == 8000
-
-
-def test_an_answer_may_be_a_number(tmp_path):
-    path = tmp_path / "numbers.jsonl"
-    path.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": i + 1}) + "\n" for i in range(20)))
-    task = data.load_task("qa", (str(path),))
-    assert all(example["answer"] == str(int(example["question"].split()[0]) + 1) for example in task.train)

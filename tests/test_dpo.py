@@ -1,4 +1,4 @@
-"""dpo.py: three objectives against values worked out by hand, how pairs are made and read, and the script."""
+"""dpo.py: three objectives against values worked out by hand, how responses make pairs, and the script."""
 
 import itertools
 import json
@@ -12,15 +12,16 @@ from conftest import ROOT, read_jsonl, run_script, without_times
 from test_siblings import double, sections
 from torch.nn.functional import logsigmoid
 
-import data
 import dpo
+from data import load_task
 from dpo import dpo_loss, dpo_norm_loss, long2short_pairs, simpo_loss, verified_pairs
-from rewards import accuracy
+from logprobs import Policy, load_policy
+from pairs import load_pairs, pair_batch
 from rollout import HFSampler
 
 OBJECTIVES = {"dpo": dpo_loss, "dpo_norm": dpo_norm_loss, "simpo": simpo_loss}
 MASK = torch.arange(6) < torch.tensor([[6], [2], [1], [4], [3], [5]])  # three pairs of ragged rows
-SMALL = {"pair_prompts": 16, "pairs_per_step": 6, "eval_prompts": 8, "steps": 2, "model": str(ROOT / "tiny")}
+SMALL = {"pairs_per_step": 6, "eval_prompts": 8, "steps": 2, "model": str(ROOT / "tiny")}
 
 
 def ragged(seed=0):
@@ -32,8 +33,23 @@ def ragged(seed=0):
 
 
 def run(tmp_path, name, **flags):
+    if "data" not in flags:
+        flags = {"pair_prompts": 16} | flags
     dpo.main(dpo.Config(out=str(tmp_path / name), **SMALL | flags))
     return read_jsonl(tmp_path / name / "metrics.jsonl")
+
+
+def sums(path, n):
+    """A file of n pairs: a right and a wrong answer to i+1=."""
+    rows = [{"prompt": f"{i}+1=", "chosen": f"{i + 1}", "rejected": "0"} for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run_in_two_processes(*flags):
+    launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--main_process_port", "29641"]
+    subprocess.run([*command, str(ROOT / "dpo.py"), *map(str, flags)], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_its_sections_are_those_of_grpo_where_there_is_a_counterpart():
@@ -156,118 +172,6 @@ def test_long2short_pairs():
     assert rows(long2short_pairs, [1, 1], [30, 12]) == [(1, 0)]
 
 
-def test_sampled_pairs_are_what_they_say(tiny, sampler):
-    task = data.load_task("arithmetic")
-    questions = data.encode_prompts(task.train[:70], tiny[1], "plain", 64)
-    config = dpo.Config(group_size=8)
-    pairs = data.sample_pairs(config, sampler, questions, verified_pairs, seed=0)
-    assert len(pairs) > 40 and len({pair["prompt"] for pair in pairs}) == len(pairs)
-    answers = {question["question"]: question for question in questions}
-    for pair in pairs:
-        example = answers[pair["prompt"]]
-        assert accuracy(pair["chosen"], example) == 1 and accuracy(pair["rejected"], example) == 0
-        for name in ("chosen", "rejected"):
-            ids = pair[f"{name}_ids"]
-            assert tiny[1].decode(ids, skip_special_tokens=True) == pair[name]
-            assert (ids[-1] == tiny[1].eos_token_id) or len(ids) == 64
-    batch = dpo.pair_batch(pairs[:5], tiny[1], torch.device("cpu"))
-    assert batch.texts == [pair[name] for pair in pairs[:5] for name in ("chosen", "rejected")]
-    assert batch.prompt_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-
-
-@pytest.mark.parametrize("budget", [1, 150, 10**6])
-def test_no_pair_is_parted(tiny, budget):
-    ids = [3, 4, 5]
-    pairs = [
-        {"prompt_ids": ids[: i % 3 + 1], "chosen_ids": [7] * (i + 1), "rejected_ids": [8] * (10 - i)} for i in range(10)
-    ]
-    batch = dpo.pair_batch(pairs, tiny[1], torch.device("cpu"))
-    parts = list(batch.microbatches(batch["row"], budget, together=2))
-    seen = torch.cat([part["row"] for part in parts])
-    assert torch.equal(seen[0::2] + 1, seen[1::2]) and sorted(seen.tolist()) == list(range(20))
-    assert all(part.input_ids.numel() <= budget or len(part.texts) == 2 for part in parts)
-    assert {1: len(parts) == 10, 150: 1 < len(parts) < 10, 10**6: len(parts) == 1}[budget]
-
-
-def write(path, *pairs):
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return str(path)
-
-
-def pair(i, **more):
-    return {"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} | more
-
-
-def test_pairs_from_a_file(tmp_path, tiny, capsys):
-    path = write(tmp_path / "a.jsonl", *(pair(i) for i in range(30)))
-    train, test = data.load_pairs(dpo.Config(data=(path,), max_new_tokens=7), tiny[1])
-    assert len(train) == 27 and len(test) == 3 and not {p["prompt"] for p in train} & {p["prompt"] for p in test}
-    again, _ = data.load_pairs(dpo.Config(data=(path,), seed=5), tiny[1])
-    assert {p["prompt"] for p in again} == {p["prompt"] for p in train}, "whatever the seed"
-    first = next(p for p in train + test if p["prompt"] == "p1")
-    assert tiny[1].decode(first["prompt_ids"]) == "p1"
-    assert first["chosen_ids"] == tiny[1].encode("good 1") + [tiny[1].eos_token_id]
-    cut = next(p for p in train + test if p["prompt"] == "p12")
-    assert cut["chosen_ids"] == tiny[1].encode("good 12") and "20 responses are longer" in capsys.readouterr().out
-
-
-def test_a_second_source_is_held_out(tmp_path, tiny):
-    a, b = write(tmp_path / "a.jsonl", pair(1), pair(2)), write(tmp_path / "b.jsonl", pair(2), pair(3))
-    train, test = data.load_pairs(dpo.Config(data=(a, b)), tiny[1])
-    assert [p["prompt"] for p in train] == ["p1"] and [p["prompt"] for p in test] == ["p2", "p3"]
-
-
-def test_no_pair_of_a_training_prompt_is_lost(tmp_path, tiny, capsys):
-    path = write(tmp_path / "a.jsonl", *(pair(i % 20, chosen=f"good {i}") for i in range(200)))
-    train, test = data.load_pairs(dpo.Config(data=(path,)), tiny[1])
-    assert len(train) == 180 and len(test) == 20 and len({p["prompt"] for p in test}) == 2
-    assert not {p["prompt"] for p in train} & {p["prompt"] for p in test}
-    path = write(tmp_path / "b.jsonl", *(pair(i) for i in range(20)), pair(30, rejected="good 30"))
-    train, test = data.load_pairs(dpo.Config(data=(path,)), tiny[1])
-    assert len(train) + len(test) == 20 and "1 pairs have equal responses" in capsys.readouterr().out
-
-
-def test_conversations_and_system_prompts(tmp_path, tiny, capsys):
-    user, good = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "good"}
-    talk = {"chosen": [user, good], "rejected": [user, {"role": "assistant", "content": "bad"}]}
-    system = {"role": "system", "content": "be brief"}
-    with_system = {name: [system, *messages] for name, messages in talk.items()}
-    longer = {name: [user, good, *messages] for name, messages in talk.items()}
-    path = write(tmp_path / "a.jsonl", talk, pair(1, system="be kind"), with_system, longer, {"prompt": [user], **talk})
-    (first, second, third, fourth), _ = data.read_preferences(path)
-    assert (first["prompt"], first["chosen"], first["rejected"], first["system"]) == ("hi", "good", "bad", "")
-    assert (third["prompt"], third["chosen"], third["system"]) == ("hi", "good", "be brief") and fourth == first
-    assert "1 pairs of" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match='"system" must be text'):
-        data.read_preferences(write(tmp_path / "a.jsonl", pair(1, system=["x"])))
-    assert data.render_prompt(second, tiny[1], "plain") == "be kind\n\np1"
-    with pytest.raises(SystemExit, match=r"a.jsonl:1: a conversation is a list"):
-        data.read_preferences(write(tmp_path / "a.jsonl", pair(1, chosen=["x"])))
-
-
-def test_pairs_from_the_hub(monkeypatch, tiny):
-    import datasets
-
-    splits = {"train": [pair(1), pair(2)], "test": [pair(2), pair(3)]}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits if name == "some/pairs" else {})
-    train, test = data.load_pairs(dpo.Config(data=("some/pairs",)), tiny[1])
-    assert [p["prompt"] for p in train] == ["p1"] and [p["prompt"] for p in test] == ["p2", "p3"]
-
-
-@pytest.mark.parametrize(
-    ("pairs", "words"),
-    [
-        ([{"prompt": "p", "chosen": "c"}], 'no "rejected"'),
-        ([pair(1, rejected="")], '"rejected" must be non-empty text'),
-        ([pair(1)], "no pair is left to train on"),
-    ],
-)
-def test_bad_pairs_are_one_clear_line(tmp_path, pairs, words, tiny):
-    with pytest.raises(SystemExit, match=words) as error:
-        data.load_pairs(dpo.Config(data=(write(tmp_path / "a.jsonl", *pairs),)), tiny[1])
-    assert "\n" not in str(error.value)
-
-
 # --- the script ---
 
 
@@ -282,10 +186,10 @@ def test_any_microbatch_size_gives_the_same_run(tmp_path, objective):
 
 @pytest.mark.parametrize(("objective", "models"), [("dpo", 2), ("dpo_norm", 2), ("simpo", 1)])
 def test_simpo_loads_no_reference_model(tmp_path, monkeypatch, objective, models):
-    loaded, load = [], dpo.load_model
-    monkeypatch.setattr(dpo, "load_model", lambda path, *rest: loaded.append(path) or load(path, *rest))
+    made, init = [], Policy.__init__
+    monkeypatch.setattr(Policy, "__init__", lambda self, *rest: made.append(self) or init(self, *rest))
     run(tmp_path, "run", objective=objective, steps=1)
-    assert len(loaded) == models
+    assert len(made) == models
 
 
 @pytest.mark.parametrize(("objective", "beta"), [("dpo", 0.5), ("dpo_norm", 5.0), ("simpo", 2.0)])
@@ -295,19 +199,16 @@ def test_beta_0_is_the_objectives_own(tmp_path, objective, beta):
 
 
 def test_the_held_out_metrics_are_those_of_the_saved_model(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl", *({"prompt": f"{i}+1=", "chosen": f"{i + 1}", "rejected": "0"} for i in range(20))
-    )
-    flags = {"beta": 0.3, "temperature": 0.7, "pairs_per_step": 18, "data": (path,)}
+    flags = {"beta": 0.3, "temperature": 0.7, "pairs_per_step": 18, "data": (sums(tmp_path / "a.jsonl", 20),)}
     records = run(tmp_path, "run", steps=3, **flags)
     assert "eval_accuracy" not in records[-1] and len(records) == 4
     config = dpo.Config(**SMALL | flags)
-    policy, tokenizer = dpo.load_model(str(tmp_path / "run" / "model"), torch.device("cpu"))
-    reference, _ = dpo.load_model(str(ROOT / "tiny"), torch.device("cpu"))
-    train, held_out = (dpo.pair_batch(x, tokenizer, torch.device("cpu")) for x in data.load_pairs(config, tokenizer))
+    policy, tokenizer = load_policy(str(tmp_path / "run" / "model"), torch.device("cpu"))
+    reference, _ = load_policy(str(ROOT / "tiny"), torch.device("cpu"))
+    train, held_out = (pair_batch(x, tokenizer, torch.device("cpu")) for x in load_pairs(config, tokenizer))
     with torch.no_grad():
-        at_first = dpo.token_logprobs(reference, train, 0.7)[0].sum(1)
-        a, b = (dpo.token_logprobs(model, held_out, 0.7)[0].sum(1) for model in (policy, reference))
+        at_first = reference(train, 0.7)[0].sum(1)
+        a, b = (model(held_out, 0.7)[0].sum(1) for model in (policy, reference))
     assert records[1]["loss"] == pytest.approx(math.log(2), abs=1e-5), "policy and reference at one temperature"
     assert records[1]["logp_chosen"] == pytest.approx(at_first[0::2].mean().item(), rel=1e-4)
     R = 0.3 * (a - b)
@@ -332,42 +233,33 @@ def test_the_loop_sees_other_pairs_in_every_step_and_evaluates_the_present_polic
     run(tmp_path, "run", steps=3, eval_every=2)
     assert steps == [1, 1, 2, 3], "once for the questions, then for every step"
     assert len(pushes) == 1 + 3, "to make the pairs, and for the evaluations after 0, 2 and 3 steps"
-    task = data.load_task("arithmetic")
+    task = load_task("arithmetic")
     train, test = ({example["question"] for example in part} for part in (task.train, task.test[:8]))
     assert {q["question"] for q in questions[0]} <= train and {q["question"] for q in questions[1]} == test
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl", *({"prompt": f"{i}+1=", "chosen": f"{i + 1}", "rejected": "0"} for i in range(40))
-    )
-    flags = ["--data", path, "--steps", 2, "--pairs-per-step", 5, "--eval-prompts", 4, "--model", "tiny"]
+    flags = ["--data", sums(tmp_path / "a.jsonl", 40), "--steps", 2, "--pairs-per-step", 5, "--eval-prompts", 4]
     run_script("dpo.py", *flags, "--out", tmp_path / "one")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--cpu",
-    ]
-    launch += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "29641",
-        str(ROOT / "dpo.py"),
-    ]
-    subprocess.run(
-        [*launch, *map(str, flags), "--out", str(tmp_path / "two")], cwd=ROOT, check=True, capture_output=True
-    )
+    run_in_two_processes(*flags, "--out", tmp_path / "two")
     for one, two in zip(*(read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")), strict=True):
         for name in without_times([one])[0].keys() - {"pair_accuracy"}:
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+
+
+def test_two_processes_put_their_own_pairs_together(tmp_path):
+    run_in_two_processes("--pair-prompts", 64, "--eval-prompts", 32, "--steps", 1, "--out", tmp_path / "run")
+    task = load_task("arithmetic")
+    shares = [{example["question"] for example in task.test[:32][process::2]} for process in (0, 1)]
+    train, held_out = json.loads((tmp_path / "run" / "pairs.json").read_text())
+    prompts = [pair["prompt"] for pair in held_out]
+    assert len(set(prompts)) == len(prompts) and set(prompts) <= shares[0] | shares[1]
+    assert all(share & set(prompts) for share in shares), "the share of each process"
+    assert 20 < len(train) <= 64 and {pair["prompt"] for pair in train} <= {e["question"] for e in task.train}
+    first, last = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    mean = sum(len(pair["chosen_ids"]) for pair in held_out) / len(held_out)
+    assert first["eval_length_chosen"] == pytest.approx(mean), "and each process has all of them"
+    assert last["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_resuming_continues_to_the_bit(tmp_path):
@@ -377,6 +269,25 @@ def test_resuming_continues_to_the_bit(tmp_path):
     assert without_times(resumed) == without_times(whole)
     saved = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "part")]
     assert all(torch.equal(saved[0]["policy"][k], saved[1]["policy"][k]) for k in saved[0]["policy"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"data": ("a.jsonl",), "task": "countdown"}, "--task is for pairs of the model's own responses"),
+        ({"data": ("a.jsonl",), "sampler": "hf"}, "--sampler is for pairs of the model's own responses"),
+        ({"data": ("a.jsonl",), "pairs": "long2short"}, "--pairs is for pairs of the model's own responses"),
+        ({"data": ("a.jsonl",), "pair_prompts": 16}, "--pair-prompts is for pairs of the model's own responses"),
+        ({"data": ("a.jsonl",), "group_size": 4}, "--group-size is for pairs of the model's own responses"),
+        ({"gamma": 2.0}, "--gamma is for --objective simpo"),
+        ({"gamma": 2.0, "objective": "dpo_norm"}, "--gamma is for --objective simpo"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_one_clear_line(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit, match=words) as error:
+        dpo.main(dpo.Config(out=str(tmp_path / "run"), **flags))
+    assert error.value.code == 2 and capsys.readouterr().err == f"{error.value}\n"
+    assert str(error.value).count("\n") == 0 and not (tmp_path / "run").exists()
 
 
 def test_no_pairs_is_one_clear_line(tmp_path):

@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import math
-import random
+import re
 from collections import Counter
 
 import pytest
@@ -12,8 +12,17 @@ from conftest import ROOT, read_jsonl, run_script, without_times
 from test_siblings import OBJECTIVE, double, sections
 
 import kimi_k15
-from data import ChoosingDraw, draw, draw_weighted, drop_guessable, easy_first, load_task, within_difficulty
-from kimi_k15 import group_advantages, length_rewards, policy_loss
+from data import draw, load_task
+from kimi_k15 import (
+    Config,
+    SuccessRates,
+    choose,
+    draw_weighted,
+    easy_first,
+    group_advantages,
+    length_rewards,
+    policy_loss,
+)
 
 FLAGS = {"beta", "clip_low", "clip_high", "tau", "length_weight", "length_from", "curriculum", "prioritised"}
 SMALL = {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8, "model": str(ROOT / "tiny")}
@@ -37,17 +46,20 @@ def ragged(seed=0):
 
 def test_it_differs_only_in_the_objective_and_in_the_lines_that_flags_and_questions_need():
     base, other = sections("grpo"), sections("kimi_k15")
-    assert list(base) == list(other), "same sections, same order"
+    assert list(base) == [name for name in other if name != "questions"], "same sections, same order"
     assert {name for name in base if base[name] != other[name]} <= OBJECTIVE | {"top", "training", "rollout"}
 
     def changed(name):
         lines = difflib.ndiff(base[name].splitlines(), other[name].splitlines())
         return [line[2:].strip() for line in lines if line[0] in "+-"]
 
-    top = [line for line in changed("top") if not line.startswith("from data import")]
+    top = [line for line in changed("top") if not line.startswith(("import ", "from "))]
     assert {line.split(":")[0] for line in top} == FLAGS | {"epochs"}
-    assert [line.split(" = ")[0] for line in changed("training")] == ["reference", 'state["draw"]']
-    assert all(line.startswith("# ---") for line in changed("rollout")), "pi_old is named pi_i"
+    training = [re.split(r" = |\(", line)[0] for line in changed("training")]
+    assert sorted(training) == ["rates", "reference", "run.start", "run.start"]
+    rollout = [line for line in changed("rollout") if not line.startswith("# ---")]  # pi_old is named pi_i
+    assert [line.split("(")[0] for line in rollout] == ["questions = run.share"] * 2
+    assert "draw(" in rollout[0] and "choose(" in rollout[1]
 
 
 # --- the surrogate ---
@@ -199,7 +211,7 @@ def test_the_curriculum_leaves_enough_questions_for_a_step():
     examples = [{"question": str(i), "level": 9 - i} for i in range(10)]
     pool = easy_first(examples, 4, 1, 100)
     assert [e["level"] for e in pool] == [0, 1, 2, 3]
-    chosen = ChoosingDraw(100, prioritised=False)(examples, 4, 0, 1)
+    chosen = choose(examples, SuccessRates(), 4, Config(curriculum=100), 1)
     assert sorted(e["level"] for e in chosen) == [0, 1, 2, 3]
 
 
@@ -212,20 +224,28 @@ def test_the_curriculum_refuses_questions_without_a_level():
 # --- prioritised sampling ---
 
 
-def rates_of(success: list[float], answers: int = 10) -> tuple[list[dict], ChoosingDraw]:
-    """Questions, and a draw that has seen each of them answered right so often; None: it has not seen it."""
-    examples, chooser = [{"question": f"q{i}"} for i in range(len(success))], ChoosingDraw(0, prioritised=True)
+PRIORITISED = Config(prioritised=True)
+
+
+def rates_of(success: list[float], answers: int = 10) -> tuple[list[dict], SuccessRates]:
+    """Questions, and the rates of a run in which each of them was answered right so often; None: it was never drawn."""
+    examples, rates = [{"question": f"q{i}"} for i in range(len(success))], SuccessRates()
     for example, s in zip(examples, success, strict=True):
         if s is not None:
             right = round(s * answers)
-            chooser.record([example] * answers, [1.0] * right + [0.0] * (answers - right))
-    return examples, chooser
+            rates.record([example] * answers, [1.0] * right + [0.0] * (answers - right))
+    return examples, rates
+
+
+def test_a_question_that_was_never_drawn_has_the_success_rate_0():
+    examples, rates = rates_of([0.0, 0.2, 1.0, None])
+    assert [rates.of(example) for example in examples] == [0.0, 0.2, 1.0, 0.0]
 
 
 def test_prioritised_frequencies_are_as_1_minus_the_success_rate():
-    examples, chooser = rates_of([0.0, 0.2, 0.5, 0.9, 1.0, None])
+    examples, rates = rates_of([0.0, 0.2, 0.5, 0.9, 1.0, None])
     draws = 6000
-    seen = Counter(chooser(examples, 1, 0, step)[0]["question"] for step in range(1, draws + 1))
+    seen = Counter(choose(examples, rates, 1, PRIORITISED, step)[0]["question"] for step in range(1, draws + 1))
     weights = [1.0, 0.8, 0.5, 0.1, 0.0, 1.0]  # the last one was never seen
     assert seen["q4"] == 0, "what is always right is not drawn"
     expected = [draws * w / sum(weights) for w in weights]
@@ -245,70 +265,30 @@ def test_without_replacement_the_second_draw_is_as_the_weights_that_are_left():
 
 
 def test_a_step_never_lacks_questions_and_has_none_twice():
-    examples, chooser = rates_of([1.0, 1.0, 0.4, 1.0, 1.0])
+    examples, rates = rates_of([1.0, 1.0, 0.4, 1.0, 1.0])
     for step in range(1, 50):
-        chosen = [e["question"] for e in chooser(examples, 3, 0, step)]
+        chosen = [e["question"] for e in choose(examples, rates, 3, PRIORITISED, step)]
         assert len(set(chosen)) == 3 and chosen[0] == "q2"
-    filled = Counter(e["question"] for step in range(1, 200) for e in chooser(examples, 3, 0, step))
+    filled = Counter(e["question"] for step in range(1, 200) for e in choose(examples, rates, 3, PRIORITISED, step))
     assert set(filled) == {f"q{i}" for i in range(5)}, "those that fill up are random ones"
 
 
 def test_uniform_sampling_is_draw():
-    examples, chooser = [{"question": str(i)} for i in range(50)], ChoosingDraw(0, prioritised=False)
+    examples = [{"question": str(i)} for i in range(50)]
     for step in range(1, 10):
-        assert chooser(examples, 8, 3, step) == draw(examples, 8, 3, step)
+        assert choose(examples, SuccessRates(), 8, Config(seed=3), step) == draw(examples, 8, 3, step)
 
 
 def test_the_success_rates_survive_saving(tmp_path):
-    examples, chooser = rates_of([0.1, 0.7, 1.0, None, 0.3])
-    torch.save(chooser.state_dict(), tmp_path / "state.pt")
-    other = ChoosingDraw(0, prioritised=True)
+    examples, rates = rates_of([0.1, 0.7, 1.0, None, 0.3])
+    torch.save(rates.state_dict(), tmp_path / "state.pt")
+    other = SuccessRates()
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for x in (chooser, other):
+    for x in (rates, other):
         x.record(examples[:1] * 2, [1.0, 0.5])  # half right is not right
-    assert chooser.counts == other.counts and other.counts["q0"] == [2, 12]
-    assert all(chooser(examples, 2, 0, step) == other(examples, 2, 0, step) for step in range(1, 30))
-
-
-# --- which questions are worth having ---
-
-
-def attempts(rate_key):
-    """A stand-in for a model: of n answers to an example, its share example[rate_key] is right."""
-    return lambda example, n: [i < round(example[rate_key] * n) for i in range(n)]
-
-
-def test_the_difficulty_filter_keeps_a_range_of_pass_rates():
-    examples = [{"rate": rate} for rate in (0.0, 0.1, 0.2, 0.5, 0.8, 0.9, 1.0)]
-    kept = within_difficulty(examples, attempts("rate"), 0.2, 0.8)
-    assert [e["rate"] for e in kept] == [0.2, 0.5, 0.8]
-    assert within_difficulty(examples, attempts("rate"), 0.0, 1.0) == examples
-
-
-def test_the_guess_filter_drops_what_any_of_8_guesses_gets_right():
-    counts = []
-
-    def guess(example, n):
-        counts.append(n)
-        return attempts("guess")(example, n)
-
-    examples = [{"guess": right / 8} for right in (0, 1, 4, 8)]
-    assert drop_guessable(examples, guess) == [{"guess": 0.0}] and counts == [8] * 4
-
-
-def test_the_two_filters_are_different_ones():
-    hard_but_guessable = {"rate": 0.5, "guess": 0.5}  # say, a question with two choices
-    easy_for_who_reasons = {"rate": 1.0, "guess": 0.0}
-    examples = [hard_but_guessable, easy_for_who_reasons]
-    assert within_difficulty(examples, attempts("rate"), 0.1, 0.9) == [hard_but_guessable]
-    assert drop_guessable(examples, attempts("guess")) == [easy_for_who_reasons]
-
-
-def test_the_guess_filter_with_a_random_guesser():
-    rng = random.Random(0)
-    examples = [{"choices": 2}] * 100 + [{"choices": 10**6}] * 100
-    kept = drop_guessable(examples, lambda e, n: [rng.randrange(e["choices"]) == 0 for _ in range(n)])
-    assert sum(e["choices"] == 2 for e in kept) <= 3 and sum(e["choices"] > 2 for e in kept) >= 99
+    assert rates.counts == other.counts and other.counts["q0"] == [2, 12]
+    for step in range(1, 30):
+        assert choose(examples, rates, 2, PRIORITISED, step) == choose(examples, other, 2, PRIORITISED, step)
 
 
 # --- the script ---
@@ -373,9 +353,9 @@ def test_resuming_continues_to_the_bit_with_the_success_rates(tmp_path):
     assert without_eval[0] == without_eval[1]
     states = [
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut")
-    ]  # step, policy, optimizer, draw
-    assert states[0]["draw"] == states[1]["draw"]
-    assert sum(answers for _, answers in states[0]["draw"].values()) == 4 * 16
+    ]  # step, policy, optimizer, rates
+    assert states[0]["rates"] == states[1]["rates"]
+    assert sum(answers for _, answers in states[0]["rates"].values()) == 4 * 16
     for name, x in states[0]["policy"].items():
         assert torch.equal(x, states[1]["policy"][name])
 

@@ -1,16 +1,21 @@
-"""ppo.py: its equations against values worked out by hand, and the script."""
+"""ppo.py: its equations against values worked out by hand, the value network, and the script."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, make_sampler, read_jsonl, run_script
 from test_siblings import OBJECTIVE, double, sections
-from transformers import AutoConfig, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
 
 import ppo
-from data import collate, encode_prompts, load_task
+from batch import collate
+from data import encode_prompts, load_task
+from logprobs import Value, batch_values, load_policy, load_value
+from rewards import score
 
 MASK = torch.arange(7) < torch.tensor([[7], [4], [1]])  # ragged rows
 SMALL = {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8, "steps": 1, "model": str(ROOT / "tiny")}
@@ -29,29 +34,13 @@ def saved(tmp_path, name):
     return torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_values_are_those_of_the_value_network(tiny, family):
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = AutoConfig.for_model(family, num_attention_heads=4, num_labels=1, pad_token_id=0, **shape)
-    torch.manual_seed(0)
-    value = AutoModelForTokenClassification.from_config(config).eval()
-    responses = [[7, 8, 9], [3], [4, 4], [9, 9, 9, 9]]
-    batch = collate([[5, 6], [2]], responses, [[0.0] * len(r) for r in responses], [""] * 4, tiny[1], "cpu")
-    values = ppo.token_values(value, batch)
-    assert values.shape == (4, 4) and values.requires_grad and not values[~batch.response_mask].any()
-    for i, response in enumerate(responses):
-        ids = torch.tensor([[[5, 6], [2]][i // 2] + response])
-        expected = value(ids).logits[0, :, 0]
-        assert torch.allclose(values[i, : len(response)], expected[-len(response) - 1 : -1], atol=1e-5)
-
-
 def test_it_differs_only_in_the_objective_and_in_the_set_up_of_the_value_network():
     base, other = sections("grpo"), sections("ppo")
     assert list(base) == list(other)
+    other["log, evaluate, save"] = other["log, evaluate, save"].replace(", values=value)", ")")  # in held_out.jsonl
     assert {name for name in base if base[name] != other[name]} <= OBJECTIVE | {"top", "training"}
-    top = other["top"].replace("make_sampler, response_states,", "make_sampler,")  # of which V is a function
-    gone = set(base["top"].splitlines()) - set(top.splitlines())
-    assert not gone, "in the configuration, only added lines"
+    gone = set(base["top"].splitlines()) - set(other["top"].splitlines())
+    assert all(line.startswith("from logprobs import") for line in gone), "in the configuration, only added lines"
 
 
 # --- rewards, GAE, whitening ---
@@ -185,37 +174,136 @@ def test_gradients_against_finite_differences_and_in_parts():
 # --- the value network ---
 
 
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPES = {  # where other names are in use
+    "ctrl": {"vocab_size": 64, "n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gptj": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+}
+REWARD_MODELS = [  # class, family, and the name of its head
+    ("LlamaForSequenceClassification", "llama", "score"),
+    ("CTRLForSequenceClassification", "ctrl", "classifier"),
+    ("LlamaForTokenClassification", "llama", "score"),
+    ("GPTNeoXForTokenClassification", "gpt_neox", "classifier"),  # with a bias
+]
+PROMPTS = [[5, 6], [2]]
+RESPONSES = [[7, 8, 9], [3], [4, 4], [9, 9, 9, 9]]  # two to each prompt
+
+
+def small(name: str, family: str, num_labels: int):
+    """A small model of this class with random weights, its head included."""
+    config = AutoConfig.for_model(family, num_labels=num_labels, pad_token_id=0, **SHAPES.get(family, SHAPE))
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).eval()
+    for p in model.parameters():
+        p.data.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture
+def responses(tiny):
+    return collate(PROMPTS, RESPONSES, [[0.0] * len(r) for r in RESPONSES], ["stop"] * 4, tiny[1], "cpu")
+
+
+@pytest.mark.parametrize(("name", "family", "head"), REWARD_MODELS)
+def test_the_value_of_a_token_is_what_a_reward_model_says_of_all_before_it(tmp_path, responses, name, family, head):
+    model = small(name, family, num_labels=1)
+    model.save_pretrained(tmp_path)
+    value = load_value(str(tmp_path), torch.device("cpu"))
+    assert torch.equal(value.head.weight, getattr(model, head).weight) and value.head.weight.any()
+    V = value(responses)
+    assert V.shape == (4, 4) and V.dtype == torch.float32 and not V[~responses.response_mask].any()
+    weights = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for i, response in enumerate(RESPONSES):
+        prompt = PROMPTS[i // 2]
+        for t in range(len(response)):
+            before = torch.tensor([prompt + response[:t]])
+            expected = model(before).logits.flatten()[-1]
+            assert V[i, t].item() == pytest.approx(expected.item(), abs=1e-4)
+            total = total + weights[i, t] * expected
+    total.backward()
+    (V * weights).sum().backward()
+    for (path, p), q in zip(value.body.named_parameters(), model.base_model.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-3), path
+    assert torch.allclose(value.head.weight.grad, getattr(model, head).weight.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("GPTNeoXForCausalLM", "gpt_neox"), ("GPTJForCausalLM", "gptj"), ("Olmo2ForCausalLM", "olmo2")]
+)
+def test_any_language_model_is_a_value_network_that_says_zero_at_first(tmp_path, responses, name, family):
+    """Of two of these families Transformers has no classifier of tokens."""
+    model = small(name, family, num_labels=3)  # which means nothing to a language model
+    model.save_pretrained(tmp_path)
+    value = load_value(str(tmp_path), torch.device("cpu"))
+    assert not value(responses).any()
+    for p, q in zip(value.body.parameters(), model.base_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    (value(responses) - 1.0)[responses.response_mask].square().sum().backward()
+    assert value.head.weight.grad.all() and value.head.bias.grad.item() == pytest.approx(-2 * 10), "-2 per token"
+    assert not any(p.grad.any() for p in value.body.parameters() if p.grad is not None), "a head of zeros hides it"
+    value.head.weight.data.normal_()
+    value(responses).sum().backward()
+    assert all(p.grad.any() for name, p in value.body.named_parameters() if not name.endswith("bias"))
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaModel"])
+def test_a_folder_with_no_head_to_start_from_is_one_clear_line(tmp_path, capsys, name):
+    small(name, "llama", num_labels=3).save_pretrained(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="neither a language model nor a head with one output") as error:
+        load_value(str(tmp_path), torch.device("cpu"))
+    assert error.value.code == 2 and str(error.value).startswith(f"--value-model {tmp_path}: ")
+    assert "\n" not in str(error.value) and str(error.value) in capsys.readouterr().err.splitlines()
+
+
+def test_a_value_model_that_cannot_be_loaded_is_one_clear_line(tmp_path):
+    with pytest.raises(SystemExit, match="--value-model no/such-model cannot be loaded") as error:
+        load_value("no/such-model", torch.device("cpu"))
+    assert "\n" not in str(error.value)
+    small("LlamaForCausalLM", "llama", num_labels=1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
+    with pytest.raises(SystemExit, match="the class NoSuchModel, which Transformers does not have") as error:
+        load_value(str(tmp_path), torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
 def test_values_start_at_zero_and_do_not_see_the_token_they_come_before(tiny):
-    value = ppo.load_value(str(ROOT / "tiny"), torch.device("cpu"))
+    value = load_value(str(ROOT / "tiny"), torch.device("cpu"))
+    assert isinstance(value, Value) and isinstance(value.body, LlamaModel)
     assert not value.training and all(p.dtype == torch.float32 for p in value.parameters())
     prompts = [e["prompt_ids"] for e in encode_prompts(load_task("arithmetic").train[:3], tiny[1], "plain", 64)]
     batch = make_sampler(*tiny).generate(prompts, n=2, temperature=1.0, seed=0)
-    assert not ppo.token_values(value, batch).any()
-    torch.nn.init.normal_(value.score.weight, generator=torch.Generator().manual_seed(0))
-    V, t = ppo.token_values(value, batch), 3
+    assert not value(batch).any()
+    torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
+    V, t = value(batch), 3
     assert V.shape == batch.response_mask.shape and V[batch.response_mask].all() and not V[~batch.response_mask].any()
     changed = copy.copy(batch)
     changed.input_ids = batch.input_ids.clone()
     changed.input_ids[:, -V.shape[1] + t] = 5
-    W = ppo.token_values(value, changed)
+    W = value(changed)
     assert torch.equal(W[:, : t + 1], V[:, : t + 1]) and not torch.equal(W[:, t + 1], V[:, t + 1])
-    alone = ppo.token_values(value, batch.select(torch.tensor([4])))  # other padding, left and right
+    alone = value(batch.select(torch.tensor([4])))  # other padding, left and right
     assert torch.allclose(alone, V[4:5, : alone.shape[1]], atol=1e-5)
+    for budget in (1, 100, 10**6):
+        whole = batch_values(value, batch, budget)
+        assert torch.allclose(whole, V, atol=1e-5) and not whole.requires_grad
 
 
-def test_a_head_that_the_folder_has_is_kept(tmp_path):
-    value = ppo.load_value(str(ROOT / "tiny"), torch.device("cpu"))
-    torch.nn.init.ones_(value.score.weight)
-    value.save_pretrained(tmp_path)
-    assert ppo.load_value(str(tmp_path), torch.device("cpu")).score.weight.eq(1).all()
+def test_a_value_network_shares_no_weight_with_the_policy(tiny):
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny")
+    value = load_value(str(ROOT / "tiny"), torch.device("cpu"))
+    theirs = {p.data_ptr() for p in model.parameters()} | {p.data_ptr() for p in tiny[0].parameters()}
+    assert not theirs & {p.data_ptr() for p in value.parameters()}
 
 
 def test_every_parameter_is_in_exactly_one_group(tmp_path, monkeypatch):
     made, models = [], []
-    adam, load_value, load_model = torch.optim.AdamW, ppo.load_value, ppo.load_model
+    adam, value_of, policy_of = torch.optim.AdamW, ppo.load_value, ppo.load_policy
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adam(*a, **k)) or made[-1])
-    monkeypatch.setattr(ppo, "load_value", lambda *a: models.append(load_value(*a)) or models[-1])
-    monkeypatch.setattr(ppo, "load_model", lambda *a: (lambda x: models.append(x[0]) or x)(load_model(*a)))
+    monkeypatch.setattr(ppo, "load_value", lambda *a: models.append(value_of(*a)) or models[-1])
+    monkeypatch.setattr(ppo, "load_policy", lambda *a: (lambda x: models.append(x[0]) or x)(policy_of(*a)))
     run(tmp_path, "run", beta=0.0, lr=1e-4, value_lr=2e-3)
     (optimizer,) = made
     policy, value = models
@@ -239,9 +327,9 @@ def test_any_microbatch_size_gives_the_same_run(tmp_path, flags):
 
 def test_in_the_value_warmup_no_weight_of_the_policy_changes(tmp_path):
     run(tmp_path, "warm", steps=2, epochs=2, value_warmup=2)
-    state, before = saved(tmp_path, "warm"), ppo.load_model(str(ROOT / "tiny"), torch.device("cpu"))[0].state_dict()
+    state, before = saved(tmp_path, "warm"), load_policy(str(ROOT / "tiny"), torch.device("cpu"))[0].state_dict()
     assert all(torch.equal(before[name], x) for name, x in state["policy"].items())
-    assert state["value"]["score.weight"].any()
+    assert state["value"]["head.weight"].any()
     assert len(state["optimizer"]["state"]) == len(state["optimizer"]["param_groups"][1]["params"])
     run(tmp_path, "after", steps=3, epochs=2, value_warmup=2)
     assert any(not torch.equal(before[name], x) for name, x in saved(tmp_path, "after")["policy"].items())
@@ -255,6 +343,67 @@ def test_resuming_continues_to_the_bit(tmp_path):
     whole, cut = saved(tmp_path, "whole"), saved(tmp_path, "cut")
     for name in ("policy", "value"):
         assert all(torch.equal(x, cut[name][key]) for key, x in whole[name].items())
+
+
+def test_held_out_responses_token_by_token(tmp_path, tiny):
+    tokenizer = tiny[1]
+    run(tmp_path, "run", steps=2, eval_every=1, eval_prompts=12, temperature=0.8, rewards=("accuracy=1", "tagged=0.5"))
+    lines = read_jsonl(tmp_path / "run" / "held_out.jsonl")
+    examples = load_task("arithmetic").test[:8]
+    assert [line["step"] for line in lines] == [0] * 8 + [1] * 8 + [2] * 8, "8 of 12 questions, at every evaluation"
+    for step in range(3):
+        for line, example in zip(lines[8 * step : 8 * step + 8], examples, strict=True):
+            assert (line["question"], line["answer"]) == (example["question"], example["answer"])
+    for line, example in zip(lines, examples * 3, strict=True):
+        ids, tokens = line["token_ids"], line["tokens"]
+        assert len(ids) == len(tokens) == len(line["logp"]) == len(line["values"]) > 0
+        assert all(x <= 0 for x in line["logp"])
+        assert line["finish_reason"] == ("stop" if ids[-1] == tokenizer.eos_token_id else "length")
+        written = tokens[:-1] if line["finish_reason"] == "stop" else tokens
+        assert "".join(written) == line["response"] == tokenizer.decode(ids, skip_special_tokens=True)
+        assert tokens[-1] == tokenizer.eos_token or line["finish_reason"] == "length"
+        scores = score([line["response"]], [example], ["format", "tagged"])
+        assert {name: line[f"reward/{name}"] for name in scores} == {name: x for name, (x,) in scores.items()}
+        known = {"step", "question", "answer", "response", "finish_reason", "token_ids", "tokens", "logp", "values"}
+        assert line.keys() == known | {"reward/accuracy", "reward/format", "reward/tagged"}
+    assert not any(x for line in lines[:8] for x in line["values"]) and all(any(x["values"]) for x in lines[8:])
+
+    # The numbers of the last evaluation are those of the networks that were saved after it.
+    policy, _ = load_policy(str(tmp_path / "run" / "model"), torch.device("cpu"))
+    value = load_value(str(ROOT / "tiny"), torch.device("cpu"))
+    value.load_state_dict(saved(tmp_path, "run")["value"])
+    prompts = [e["prompt_ids"] for e in encode_prompts(examples, tokenizer, "plain", 64)]
+    last = lines[16:]
+    responses = [line["token_ids"] for line in last]
+    reasons = [line["finish_reason"] for line in last]
+    batch = collate(prompts, responses, [line["logp"] for line in last], reasons, tokenizer, "cpu")
+    with torch.no_grad():
+        logp, V = policy(batch, 0.8)[0], value(batch)
+    assert torch.allclose(logp, batch.sampler_logp, atol=1e-4)
+    for i, line in enumerate(last):
+        assert line["values"] == pytest.approx(V[i, : len(line["values"])].tolist(), abs=1e-5)
+
+
+def test_fewer_held_out_questions_than_shown_are_all_there(tmp_path):
+    run(tmp_path, "run", eval_prompts=3)
+    lines = read_jsonl(tmp_path / "run" / "held_out.jsonl")
+    questions = [example["question"] for example in load_task("arithmetic").test[:3]]
+    assert [line["question"] for line in lines] == questions * 2, "before and after"
+
+
+def test_a_resumed_run_has_every_held_out_line_once(tmp_path):
+    flags = {"eval_every": 1, "eval_prompts": 3}
+    run(tmp_path, "whole", steps=3, **flags)
+    run(tmp_path, "cut", steps=2, **flags)
+    whole, cut = (tmp_path / name / "held_out.jsonl" for name in ("whole", "cut"))
+    later = [line for line in whole.read_text().splitlines(keepends=True) if json.loads(line)["step"] == 3]
+    assert len(later) == 3
+    with open(cut, "a") as file:  # stopped in step 3, whose checkpoint was not saved yet
+        file.write("".join(later[:2]) + later[2][:20])
+    run(tmp_path, "cut", steps=3, resume=str(tmp_path / "cut"), **flags)
+    assert cut.read_text() == whole.read_text()
+    keys = [(line["step"], line["question"]) for line in read_jsonl(cut)]
+    assert len(keys) == len(set(keys)) == 4 * 3
 
 
 def test_the_clamped_kl_is_only_in_the_reward(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from conftest import make_sampler, read_jsonl, run_script
 
 from data import encode_prompts, load_task, resolve_template
-from rollout import load_model, token_logprobs
+from logprobs import load_policy
 
 MODEL, GSM8K, PAIRS = (os.environ.get(name, "") for name in ("TEST_MODEL", "TEST_GSM8K", "TEST_PAIRS"))
 needs_model = pytest.mark.skipif(not Path(MODEL, "config.json").exists(), reason="TEST_MODEL names no model folder")
@@ -35,13 +35,13 @@ def test_gsm8k_as_it_is():
 
 @needs_model
 def test_padding_token_is_the_end_token_and_the_logprobs_are_right():
-    policy, tokenizer = load_model(MODEL, torch.device("cpu"))
+    policy, tokenizer = load_policy(MODEL, torch.device("cpu"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id and resolve_template(tokenizer, "auto") == "chat"
     examples = encode_prompts(load_task("arithmetic_words").test[:3], tokenizer, "chat", 512)
     sampler = make_sampler(policy, tokenizer, max_new_tokens=24)
     batch = sampler.generate([e["prompt_ids"] for e in examples], n=2, temperature=0.8, seed=0)
     with torch.no_grad():
-        logp, _ = token_logprobs(policy, batch, 0.8)
+        logp, _ = policy(batch, 0.8)
     assert (logp - batch.sampler_logp).abs().max() < 1e-3
 
 

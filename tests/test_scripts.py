@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT, read_jsonl, run_script, without_times
 
 import grpo
-from rollout import load_model
-from run import parse
+from logprobs import Policy, load_model
+from plumbing.flags import parse
 
 SCRIPTS = ["grpo.py", "sft.py"]
 SMALL = ["--prompts-per-step", "4", "--group-size", "4", "--eval-prompts", "8"]
@@ -79,13 +79,21 @@ def test_resuming_continues_to_the_bit(tmp_path):
 
     cut = without_times(read_jsonl(tmp_path / "cut" / "metrics.jsonl"))
     assert cut == whole and len(cut) == 7
-    assert read_jsonl(tmp_path / "cut" / "samples.jsonl") == read_jsonl(tmp_path / "whole" / "samples.jsonl")
+    for name in ("samples.jsonl", "held_out.jsonl"):
+        assert read_jsonl(tmp_path / "cut" / name) == read_jsonl(tmp_path / "whole" / name)
     one, other = (load_model(str(tmp_path / name / "model"), torch.device("cpu"))[0] for name in ("whole", "cut"))
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
 
     result = run_script("grpo.py", "--resume", tmp_path / "cut", "--lr", 1, check=False)
-    assert result.returncode != 0 and "only --steps may change" in result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and "only --steps may change" in result.stderr.splitlines()[-1]
+
+    checkpoint = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
+    del checkpoint["format"]  # as one of another version has none
+    torch.save(checkpoint, tmp_path / "cut" / "checkpoint.pt")
+    result = run_script("grpo.py", "--resume", tmp_path / "cut", "--steps", 7, check=False)
+    assert result.returncode == 2 and "another version" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
 
 
 def test_ctrl_c_ends_after_the_step_and_saves(tmp_path):
@@ -136,17 +144,18 @@ def test_a_batch_without_an_informative_group_changes_no_weight(tmp_path):
     assert state == {}, "Adam never made a step"
 
 
-@pytest.mark.parametrize(("beta", "models"), [(0.0, 1), (0.04, 2)])
-def test_without_kl_no_reference_model_is_loaded(tmp_path, monkeypatch, beta, models):
-    loaded = []
+@pytest.mark.parametrize(("beta", "references"), [(0.0, 0), (0.04, 1)])
+def test_without_kl_no_reference_model_is_made(tmp_path, monkeypatch, beta, references):
+    made = []
+    reference = Policy.reference
 
-    def load(path, device, *flags):
-        loaded.append(path)
-        return load_model(path, device, *flags)
+    def make(policy):
+        made.append(reference(policy))
+        return made[-1]
 
-    monkeypatch.setattr(grpo, "load_model", load)
+    monkeypatch.setattr(Policy, "reference", make)
     metrics_of(tmp_path, "run", beta=beta)
-    assert len(loaded) == models
+    assert len(made) == references
 
 
 def test_several_updates_per_rollout_move_the_ratio(tmp_path):
@@ -162,7 +171,7 @@ import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, grpo
 from accelerate import Accelerator
-from run import sum_gradients
+from plumbing.processes import sum_gradients
 rank, p, q = int(os.environ["RANK"]), torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
 p.grad = None if rank else torch.ones(2)
 sum_gradients(Accelerator(cpu=True), [p])
@@ -170,10 +179,10 @@ assert torch.equal(p.grad, torch.ones(2)), "a process without informative groups
 q.grad = torch.full((2,), rank + 1.0)
 sum_gradients(Accelerator(cpu=True), [q])
 assert torch.equal(q.grad, torch.full((2,), 3.0)), "the sum, not the mean"
-loaded, load = [], grpo.load_model
-grpo.load_model = lambda *args: loaded.append(load(*args)) or loaded[-1]
+loaded, load = [], grpo.load_policy
+grpo.load_policy = lambda *args: loaded.append(load(*args)) or loaded[-1]
 grpo.main(grpo.Config(prompts_per_step=4, group_size=4, eval_prompts=8, steps=3, out={str(tmp_path / "run")!r}))
-torch.save(loaded[0][0].state_dict(), {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
+torch.save(loaded[0][0].model.state_dict(), {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
 """
     (tmp_path / "two.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "two.py")]
@@ -217,6 +226,8 @@ def test_help_reads_like_documentation(script):
         --eval-every --save-every --seed --out --resume --track""".split()
         assert all(flag in text for flag in wanted)
         assert "arXiv 2402.03300" in text and "number of rollouts" in text
+        names = [word for line in flags for word in line.split() if word.startswith("--")]
+        assert max(map(names.index, ("--beta", "--lr"))) < min(map(names.index, ("--model", "--out"))), "own ones first"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +250,7 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr(sys, "argv", ["grpo.py", *flags, "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as error:
         grpo.main(parse(grpo.Config))
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value) and "\n" not in str(error.value) and error.value.code == 2
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -247,5 +258,5 @@ def test_a_run_is_never_overwritten(learned):
     before = (learned / "metrics.jsonl").read_bytes()
     result = run_script("grpo.py", "--out", learned, check=False)
     assert result.returncode != 0 and "--resume" in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert (learned / "metrics.jsonl").read_bytes() == before

@@ -1,0 +1,86 @@
+"""Batches of responses: padding, masks, and their parts."""
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_end_tokens_are_trained, make_sampler
+
+from batch import collate
+from logprobs import token_logprobs
+
+
+def test_collate_pads_prompts_left_and_responses_right(tiny):
+    logps = [[-1.0], [-2.0, -3.0], [-4.0] * 3, [-5.0]]
+    reasons = ["length", "stop", "length", "stop"]
+    batch = collate([[5, 6], [7]], [[8], [9, 1], [8, 8, 8], [1]], logps, reasons, tiny[1], "cpu")
+    assert batch.input_ids.tolist() == [[5, 6, 8, 0, 0], [5, 6, 9, 1, 0], [0, 7, 8, 8, 8], [0, 7, 1, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 1, 1, 1, 1], [0, 1, 1, 0, 0]]
+    assert batch.response_mask.tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]]
+    assert batch.sampler_logp.tolist() == [[-1, 0, 0], [-2, -3, 0], [-4, -4, -4], [-5, 0, 0]]
+    assert batch.prompt_index.tolist() == [0, 0, 1, 1]
+    assert batch.lengths.tolist() == [1, 2, 3, 1]
+    assert batch.prompt_lengths.tolist() == [2, 2, 1, 1] and batch.prompt_width == 2
+    assert batch.response_ids.tolist() == [[8, 0, 0], [9, 1, 0], [8, 8, 8], [1, 0, 0]]
+
+
+def test_end_token_is_trained_also_where_it_is_the_padding_token(tiny, prompts):
+    policy, tokenizer = tiny[0], copy.deepcopy(tiny[1])
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = make_sampler(policy, tokenizer).generate(prompts, n=4, temperature=1.0, seed=3)
+    ended = assert_end_tokens_are_trained(batch, tokenizer)
+    # and its log-prob has a gradient
+    model = copy.deepcopy(policy.model)
+    logp, _ = token_logprobs(model, batch.select(torch.tensor(ended[:1])), 1.0)
+    logp[0, -1].backward()
+    assert model.get_input_embeddings().weight.grad[tokenizer.eos_token_id].abs().sum() > 0
+
+
+def test_training_uses_the_sampled_ids_though_their_text_has_others(tiny):
+    tokenizer = tiny[1]
+    spelled = [tokenizer.convert_tokens_to_ids(character) for character in "<think>"]  # seven tokens, not the tag
+    batch = collate([[5]], [spelled], [[0.0] * 7], ["length"], tokenizer, torch.device("cpu"))
+    assert batch.texts == ["<think>"] and tokenizer.encode(batch.texts[0]) != spelled, "the round trip differs"
+    assert batch.input_ids[0, 1:].tolist() == spelled and batch.lengths.tolist() == [7]
+
+
+def test_each_row_answers_its_own_prompt(tiny, prompts, batch):
+    left = batch.prompt_width
+    for i, prompt in enumerate(batch.prompt_index.tolist()):
+        assert prompt == i // 4
+        assert batch.input_ids[i, :left][batch.attention_mask[i, :left].bool()].tolist() == prompts[prompt]
+
+
+def test_select_keeps_rows_together_and_drops_padding(batch):
+    batch["weight"] = torch.arange(len(batch.texts))
+    batch["old_logp"] = batch.sampler_logp + 1
+    rows = batch.lengths.argsort()[:5].flip(0)
+    part = batch.select(rows)
+    assert part["weight"].tolist() == rows.tolist()
+    assert part.response_mask.shape[1] == int(batch.lengths[rows].max()) == part["old_logp"].shape[1]
+    assert part.texts == [batch.texts[i] for i in rows]
+    for j, i in enumerate(rows.tolist()):
+        mine, theirs = part.attention_mask[j].bool(), batch.attention_mask[i].bool()
+        assert torch.equal(part.input_ids[j][mine], batch.input_ids[i][theirs])
+        assert torch.equal(part.sampler_logp[j][part.response_mask[j]], batch.sampler_logp[i][batch.response_mask[i]])
+
+
+def test_a_tensor_with_another_number_of_rows_is_refused(batch):
+    with pytest.raises(AssertionError, match="7 rows"):
+        batch["advantages"] = torch.zeros(7)
+
+
+@pytest.mark.parametrize("budget", [1, 60, 200, 10**6])
+def test_microbatches_hold_every_row_once_within_the_budget(batch, budget):
+    batch["row"] = torch.arange(len(batch.texts))
+    chosen = torch.arange(0, len(batch.texts), 2)
+    parts = list(batch.microbatches(chosen, budget))
+    assert sorted(i for part in parts for i in part["row"].tolist()) == chosen.tolist()
+    assert all(part.input_ids.numel() <= budget or len(part.texts) == 1 for part in parts)
+    assert list(batch.microbatches(chosen[:0], budget)) == []
+
+
+def test_minibatches_are_a_partition_and_differ_between_seeds(batch):
+    one, again, other = (list(batch.minibatch_rows(3, seed)) for seed in (0, 0, 1))
+    assert sorted(torch.cat(one).tolist()) == list(range(len(batch.texts)))
+    assert torch.equal(torch.cat(one), torch.cat(again)) and not torch.equal(torch.cat(one), torch.cat(other))

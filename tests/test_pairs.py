@@ -1,0 +1,206 @@
+"""pairs.py: preference pairs that are read or sampled, demonstrations, and the batches of both."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import data
+import pairs
+from batch import collate
+from dpo import Config, verified_pairs
+from pairs import load_pairs, pair_batch, read_preferences
+from rewards import accuracy
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pair(i, **more):
+    return {"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} | more
+
+
+def prompts_of(pairs):
+    return [pair["prompt"] for pair in pairs]
+
+
+# --- preference pairs from a file or from the Hub ---
+
+
+def test_pairs_from_a_file(tmp_path, tiny, capsys):
+    tokenizer = tiny[1]
+    path = write(tmp_path / "a.jsonl", *(pair(i) for i in range(30)))
+    train, test = load_pairs(Config(data=(path,), max_new_tokens=7), tokenizer)
+    assert len(train) == 27 and len(test) == 3 and not set(prompts_of(train)) & set(prompts_of(test))
+    again, _ = load_pairs(Config(data=(path,), seed=5), tokenizer)
+    assert set(prompts_of(again)) == set(prompts_of(train)), "whatever the seed"
+    first = next(p for p in train + test if p["prompt"] == "p1")
+    assert tokenizer.decode(first["prompt_ids"]) == "p1"
+    assert first["chosen_ids"] == tokenizer.encode("good 1") + [tokenizer.eos_token_id]
+    assert first["rejected_ids"] == tokenizer.encode("bad 1") + [tokenizer.eos_token_id]
+    cut = next(p for p in train + test if p["prompt"] == "p12")
+    assert cut["chosen_ids"] == tokenizer.encode("good 12")
+    said = dict(re.findall(r"data: (\d+) (.*) responses are longer than --max-new-tokens 7", capsys.readouterr().out))
+    counts = {"training": sum(int(p["prompt"][1:]) >= 10 for p in train)}
+    counts["held-out"] = 20 - counts["training"]  # "good 10" and all that follow have 8 tokens
+    assert {split: int(count) for count, split in said.items()} == {k: n for k, n in counts.items() if n}
+
+
+def test_a_second_source_is_held_out(tmp_path, tiny):
+    a, b = write(tmp_path / "a.jsonl", pair(1), pair(2)), write(tmp_path / "b.jsonl", pair(2), pair(3))
+    train, test = load_pairs(Config(data=(a, b)), tiny[1])
+    assert prompts_of(train) == ["p1"] and prompts_of(test) == ["p2", "p3"]
+    with pytest.raises(SystemExit, match="one source of pairs, or two"):
+        load_pairs(Config(data=(a, b, a)), tiny[1])
+
+
+def test_no_more_pairs_are_held_out_than_asked_for(tmp_path, tiny):
+    a, b = write(tmp_path / "a.jsonl", pair(1)), write(tmp_path / "b.jsonl", *(pair(i) for i in range(2, 9)))
+    train, test = load_pairs(Config(data=(a, b), eval_prompts=3), tiny[1])
+    assert prompts_of(train) == ["p1"] and prompts_of(test) == ["p2", "p3", "p4"]
+
+
+def test_no_pair_of_a_training_prompt_is_lost(tmp_path, tiny, capsys):
+    path = write(tmp_path / "a.jsonl", *(pair(i % 20, chosen=f"good {i}") for i in range(200)))
+    train, test = load_pairs(Config(data=(path,)), tiny[1])
+    assert len(train) == 180 and len(test) == 20 and len(set(prompts_of(test))) == 2
+    assert not set(prompts_of(train)) & set(prompts_of(test))
+    path = write(tmp_path / "b.jsonl", *(pair(i) for i in range(20)), pair(30, rejected="good 30"))
+    train, test = load_pairs(Config(data=(path,)), tiny[1])
+    assert len(train) + len(test) == 20
+    assert re.search("data: 1 (training|held-out) pairs have equal responses", capsys.readouterr().out)
+
+
+def test_conversations_and_system_prompts(tmp_path, tiny, capsys):
+    user, good = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "good"}
+    talk = {"chosen": [user, good], "rejected": [user, {"role": "assistant", "content": "bad"}]}
+    system = {"role": "system", "content": "be brief"}
+    with_system = {name: [system, *messages] for name, messages in talk.items()}
+    longer = {name: [user, good, *messages] for name, messages in talk.items()}
+    path = write(tmp_path / "a.jsonl", talk, pair(1, system="be kind"), with_system, longer, {"prompt": [user], **talk})
+    (first, second, third, fourth), _ = read_preferences(path)
+    assert (first["prompt"], first["chosen"], first["rejected"], first["system"]) == ("hi", "good", "bad", "")
+    assert (third["prompt"], third["chosen"], third["system"]) == ("hi", "good", "be brief") and fourth == first
+    assert "1 pairs of" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='"system" must be text'):
+        read_preferences(write(tmp_path / "a.jsonl", pair(1, system=["x"])))
+    assert data.render_prompt(second, tiny[1], "plain") == "be kind\n\np1"
+    for broken in (["x"], [], [{"role": "user"}]):
+        with pytest.raises(SystemExit, match=r"a.jsonl:1: a conversation is a list"):
+            read_preferences(write(tmp_path / "a.jsonl", pair(1, chosen=broken)))
+
+
+def test_pairs_from_the_hub(monkeypatch, tiny):
+    import datasets
+
+    splits = {"train": [pair(1), pair(2)], "test": [pair(2), pair(3)]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits if name == "some/pairs" else {})
+    train, test = load_pairs(Config(data=("some/pairs",)), tiny[1])
+    assert prompts_of(train) == ["p1"] and prompts_of(test) == ["p2", "p3"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"prompt": "p", "chosen": "c"}], 'no "rejected"'),
+        ([pair(1, rejected="")], '"rejected" must be non-empty text'),
+        ([pair(1)], "no pair is left to train on"),
+    ],
+)
+def test_bad_pairs_are_one_clear_line(tmp_path, rows, words, tiny):
+    with pytest.raises(SystemExit, match=words) as error:
+        load_pairs(Config(data=(write(tmp_path / "a.jsonl", *rows),)), tiny[1])
+    assert "\n" not in str(error.value)
+
+
+# --- preference pairs of a model's own responses ---
+
+
+def test_sampled_pairs_are_what_they_say(tiny, sampler):
+    tokenizer = tiny[1]
+    questions = data.encode_prompts(data.load_task("arithmetic").train[:70], tokenizer, "plain", 64)
+    sampled = pairs.sample_pairs(Config(group_size=8), sampler, questions, verified_pairs, seed=0)
+    assert len(sampled) > 40 and len(set(prompts_of(sampled))) == len(sampled)
+    examples = {question["question"]: question for question in questions}
+    for one in sampled:
+        example = examples[one["prompt"]]
+        assert one["prompt_ids"] == example["prompt_ids"]
+        assert accuracy(one["chosen"], example) == 1 and accuracy(one["rejected"], example) == 0
+        for name in ("chosen", "rejected"):
+            ids = one[f"{name}_ids"]
+            assert tokenizer.decode(ids, skip_special_tokens=True) == one[name]
+            assert (ids[-1] == tokenizer.eos_token_id) or len(ids) == 64
+    batch = pair_batch(sampled[:5], tokenizer, torch.device("cpu"))
+    assert batch.texts == [one[name] for one in sampled[:5] for name in ("chosen", "rejected")]
+    assert batch.prompt_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_chosen_pairs_are_rows_of_their_own_group(tiny):
+    texts = [["7", "8", "9"], ["1", "22", "333"]]  # the answers are 8 and 333
+    ids = [tiny[1].encode(text) for group in texts for text in group]
+    batch = collate([[5], [6]], ids, [[0.0] * len(x) for x in ids], ["stop"] * 6, tiny[1], "cpu")
+    questions = [
+        {"question": f"q{i}", "answer": answer, "verifier": "number", "prompt_ids": [5 + i]}
+        for i, answer in enumerate(("8", "333"))
+    ]
+    seen = []
+
+    def choose(right, lengths):
+        seen.append((right, lengths))
+        return [(right.index(True), 0), (right.index(True), right.index(False, 1))]
+
+    chosen = pairs.choose_pairs(batch, questions, 3, choose)
+    assert seen == [([False, True, False], [1, 1, 1]), ([False, False, True], [1, 2, 3])]
+    texts = [(one["prompt"], one["prompt_ids"], one["chosen"], one["rejected"]) for one in chosen]
+    assert texts == [
+        ("q0", [5], "8", "7"),
+        ("q0", [5], "8", "9"),
+        ("q1", [6], "333", "1"),
+        ("q1", [6], "333", "22"),
+    ]
+    assert [tiny[1].decode(one["rejected_ids"]) for one in chosen] == ["7", "9", "1", "22"], "without padding"
+
+
+@pytest.mark.parametrize("budget", [1, 150, 10**6])
+def test_no_pair_is_parted(tiny, budget):
+    ids = [3, 4, 5]
+    rows = [
+        {"prompt_ids": ids[: i % 3 + 1], "chosen_ids": [7] * (i + 1), "rejected_ids": [8] * (10 - i)} for i in range(10)
+    ]
+    batch = pair_batch(rows, tiny[1], torch.device("cpu"))
+    parts = list(batch.microbatches(batch["row"], budget, together=2))
+    seen = torch.cat([part["row"] for part in parts])
+    assert torch.equal(seen[0::2] + 1, seen[1::2]) and sorted(seen.tolist()) == list(range(20))
+    assert all(part.input_ids.numel() <= budget or len(part.texts) == 2 for part in parts)
+    assert {1: len(parts) == 10, 150: 1 < len(parts) < 10, 10**6: len(parts) == 1}[budget]
+
+
+# --- demonstrations ---
+
+
+def test_demonstrations_from_a_file(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "1+1=", "response": " 2\\n"}\r\n{"question": "2+2=", "completion": "4"}')
+    assert pairs.read_demonstrations(str(path)) == [
+        {"prompt": "1+1=", "response": " 2\n"},
+        {"prompt": "2+2=", "response": "4"},
+    ]
+    path.write_text('{"prompt": "1+1="}\n')
+    with pytest.raises(SystemExit, match='pairs.jsonl:1: no "response"'):
+        pairs.read_demonstrations(str(path))
+
+
+def test_a_batch_of_demonstrations(tiny):
+    tokenizer = tiny[1]
+    plain = [{"prompt": "1+1=", "response": "<answer>2</answer>"}, {"prompt": "10+7=", "response": "17"}]
+    encoded = pairs.encode_demonstrations(plain, tokenizer)
+    assert [one["prompt_ids"] for one in encoded] == [tokenizer.encode("1+1="), tokenizer.encode("10+7=")]
+    assert all(one["response_ids"][-1] == tokenizer.eos_token_id for one in encoded), "or it never learns to stop"
+    assert "prompt_ids" not in plain[0]
+    batch = pairs.demonstration_batch(encoded, tokenizer, torch.device("cpu"))
+    assert batch.texts == ["<answer>2</answer>", "17"] and batch.prompt_index.tolist() == [0, 1]
+    assert batch.lengths.tolist() == [4, 3] and not batch.sampler_logp.any()
+    assert batch.finish_reasons == ["stop", "stop"]
