@@ -24,6 +24,7 @@ class Policy(torch.nn.Module):
     def __init__(self, model, gradient_checkpointing: bool = False):
         super().__init__()
         self.model = model
+        self.eval()  # no dropout: sampler, old and current log-probs must be those of one function
         use_packed_attention(model)  # so that the update need not compute on padding
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -60,7 +61,7 @@ def load_model(path: str, device: torch.device):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device)
-    model.eval()  # no dropout: sampler, old and current log-probs must be those of one function
+    model.eval()
     if not logits_are_head_of_states(model, tokenizer.eos_token_id):
         fail(f"--model {path}: it changes its logits after the LM head, which is not supported here")
     return model, tokenizer
@@ -171,6 +172,7 @@ class Value(torch.nn.Module):
             self.head.weight.data.copy_(head.weight)
             if head.bias is not None:
                 self.head.bias.data.copy_(head.bias)
+        self.eval()  # no dropout
 
     def forward(self, batch: Rollouts) -> torch.Tensor:
         """V_t of the response tokens, with gradient: [B, T] float32, 0 off the mask. V_t is taken before token t."""
@@ -195,12 +197,15 @@ def load_value(path: str, device: torch.device) -> Value:
         model = getattr(transformers, name).from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         fail(f"--value-model {path} cannot be loaded: {first_line(error)}")
+    model.eval()
     head = scalar_head(model)
     if head is None and model.get_output_embeddings() is None:
         fail(f"--value-model {path}: neither a language model nor a head with one output, as a reward model has")
-    value = Value(model.base_model, head)
-    value.to(device)
-    return value.eval()  # no dropout
+    if not sees_the_past_only(model.base_model):
+        fail(f"--value-model {path}: its states depend on later tokens; it needs a causal model")
+    if head is not None and not scores_are_head_of_states(model, head):
+        fail(f"--value-model {path}: there is more than a linear head on its states, which is not supported here")
+    return Value(model.base_model, head).to(device)
 
 
 def scalar_head(model) -> torch.nn.Linear | None:
@@ -210,6 +215,24 @@ def scalar_head(model) -> torch.nn.Linear | None:
         if isinstance(module, torch.nn.Linear) and module.out_features == 1 and module not in body:
             return module
     return None
+
+
+PROBE = torch.tensor([[1, 2, 3]])  # any tokens do, to compare two ways of computing the same
+
+
+@torch.no_grad()
+def sees_the_past_only(body) -> bool:
+    """Whether the state of a token is the same without the tokens after it."""
+    whole = body(PROBE).last_hidden_state[:, 0]
+    alone = body(PROBE[:, :1]).last_hidden_state[:, 0]
+    return torch.allclose(whole, alone, atol=1e-3)
+
+
+@torch.no_grad()
+def scores_are_head_of_states(model, head: torch.nn.Linear) -> bool:
+    """Whether the head on the last state gives the last score of a reward model or value network."""
+    by_head = head(model.base_model(PROBE).last_hidden_state[0, -1])
+    return torch.allclose(by_head, model(PROBE).logits.flatten()[-1], atol=1e-3)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.llama import save_random_llama  # noqa: E402
 from plot import COLOURS  # noqa: E402
 from plumbing.fail import fail  # noqa: E402
 
@@ -112,8 +113,11 @@ def read_metrics(folder: Path) -> list[dict]:
 def run_all(jobs: list[tuple]) -> list[tuple]:
     """[(name, lr, seed, records)] of these (name, lr, seed)."""
     with ThreadPoolExecutor(PROCESSES) as pool:
-        running = [pool.submit(run, *job) for job in jobs]
-        return [(*job, future.result()) for job, future in zip(jobs, running, strict=True)]
+        return [(*job, records) for job, records in zip(jobs, pool.map(run_job, jobs), strict=True)]
+
+
+def run_job(job: tuple) -> list[dict]:
+    return run(*job)
 
 
 def accuracies(records: list[dict]) -> list[float]:
@@ -204,22 +208,17 @@ def costs() -> None:
 
 def random_model(folder: Path) -> None:
     """A model of 34 M parameters with weights of no use, at which memory does not look, and pairs for dpo.py."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    save_random_llama(
+        folder,
+        AutoTokenizer.from_pretrained(ROOT / "tiny"),
         hidden_size=512,
         intermediate_size=2048,
         num_hidden_layers=8,
         num_attention_heads=8,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     lines = []
     for i in range(100):
         pair = {"prompt": f"{i}+{i}=", "chosen": "1+1=2," * 10, "rejected": "1+1=3," * 10}
@@ -302,11 +301,12 @@ def draw() -> None:
     """Write docs/curves.png and print the tables."""
     rows = read("curves.csv")
     page = Figure(figsize=(15, 9.6), layout="constrained")
-    handles = {}  # name -> its curve in the last panel that has one
+    handles = {}  # name -> its curve in the first panel that has one
     for place, (title, unit, metric) in enumerate(PANELS, 1):
         ax = page.add_subplot(2, 3, place)
         for name in shown(title):
-            handles[name] = draw_curve(ax, rows, name, metric)
+            line = draw_curve(ax, rows, name, metric)
+            handles.setdefault(name, line)
         updates = "updates, of 64 pairs each" if title.startswith("DPO") else "rollouts, of 128 responses each"
         ax.set_title(title, fontsize=16)
         ax.set_xlabel(updates, fontsize=14)

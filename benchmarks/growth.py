@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.llama import save_random_llama  # noqa: E402
 from plumbing.fail import fail  # noqa: E402
 
 CSV = ROOT / "benchmarks" / "growth.csv"
@@ -75,7 +76,16 @@ def measure(group_size: int, response_tokens: int, hidden_size: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
         before = peak_memory()
-        parameters = save_random_model(f"{folder}/model", tokenizer, hidden_size)
+        parameters = save_random_llama(
+            f"{folder}/model",
+            tokenizer,
+            hidden_size=hidden_size,
+            intermediate_size=4 * hidden_size,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
         config = grpo.Config(
             model=f"{folder}/model",
             out=f"{folder}/run",
@@ -101,27 +111,6 @@ def measure(group_size: int, response_tokens: int, hidden_size: int) -> dict:
 
 def noise(response: str, example: dict) -> float:
     return random.random()
-
-
-def save_random_model(folder: str, tokenizer, hidden_size: int) -> int:
-    """Write a model of random weights with a tokenizer; returns the number of its parameters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model.num_parameters()
 
 
 def attention_share(profiler) -> float:

@@ -106,8 +106,8 @@ class Run:
         """Whether what is done every so many steps, and after the last one, is due after this step."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
-    def share(self, items: list) -> list:
-        """This process's share of what all processes do together."""
+    def share(self, items):
+        """This process's share of a list of what all processes do together."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def seed(self, step: int) -> int:
@@ -203,6 +203,7 @@ class Run:
         rewards: the named rewards that held_out.jsonl has besides accuracy and format
         per_token: more of what it has, each a function of a batch that gives [B, T] numbers
         """
+        shown = self.share(range(min(SHOWN, len(examples))))  # which questions for held_out.jsonl this process has
         examples = self.share(examples)
         prompts = [example["prompt_ids"] for example in examples]
         greedy = sampler.generate(prompts, n=1, temperature=0.0, seed=0)
@@ -217,38 +218,38 @@ class Run:
             k,
         )
         self.add_metrics(step, metrics)
+        records = []
+        for i, number in enumerate(shown):
+            row = sampled.select(torch.tensor([i * k], device=sampled.input_ids.device))  # one response to question i
+            records.append((number, self.token_by_token(step, row, examples[i], rewards, per_token)))
+        records = gather(records)
         if not self.main:
             return
-        shown = [f"{name[5:]} {x:.2f}" for name, x in self.record.items() if name.startswith("eval_")]
+        for _, record in sorted(records, key=lambda pair: pair[0]):  # in the order of the questions
+            self.append("held_out.jsonl", record)
+        names = [f"{name[5:]} {x:.2f}" for name, x in self.record.items() if name.startswith("eval_")]
         sample = f"{examples[0]['question']!r} -> {sampled.texts[0]!r}"
-        tqdm.write(f"held out, after step {step}: {', '.join(shown)}\n    {sample}")
-        firsts = torch.arange(min(SHOWN, len(examples)), device=sampled.input_ids.device) * k  # a row per question
-        self.keep_held_out(step, sampled.select(firsts), examples[:SHOWN], rewards, per_token)
+        tqdm.write(f"held out, after step {step}: {', '.join(names)}\n    {sample}")
 
-    def keep_held_out(self, step: int, batch, examples: list[dict], rewards, per_token: dict) -> None:
-        """Append held-out responses to held_out.jsonl: text, tokens, numbers per token, rewards, finish reason."""
-        scores = score(batch.texts, examples, ["format", *rewards])
-        numbers = {"logp": batch.sampler_logp}  # of the distribution that was sampled
+    def token_by_token(self, step: int, row, example: dict, rewards, per_token: dict) -> dict:
+        """The line of held_out.jsonl for one response: text, tokens, numbers per token, rewards, finish reason."""
+        ids = row.response_ids[0].tolist()
+        record = {
+            "step": step,
+            "question": example["question"],
+            "answer": example["answer"],
+            "response": row.texts[0],
+            "finish_reason": row.finish_reasons[0],
+            "token_ids": ids,
+            "tokens": [self.tokenizer.decode([token]) for token in ids],
+            "logp": row.sampler_logp[0].tolist(),  # of the distribution that was sampled
+        }
         with torch.no_grad(), self.accelerator.autocast():
             for name, function in per_token.items():
-                numbers[name] = function(batch)  # [B, T]
-        for i, example in enumerate(examples):
-            length = int(batch.lengths[i])
-            ids = batch.response_ids[i, :length].tolist()
-            record = {
-                "step": step,
-                "question": example["question"],
-                "answer": example["answer"],
-                "response": batch.texts[i],
-                "finish_reason": batch.finish_reasons[i],
-                "token_ids": ids,
-                "tokens": [self.tokenizer.decode([token]) for token in ids],
-            }
-            for name, x in numbers.items():
-                record[name] = x[i, :length].tolist()
-            for name, values in scores.items():
-                record[f"reward/{name}"] = values[i]
-            self.append("held_out.jsonl", record)
+                record[name] = function(row)[0].tolist()
+        for name, values in score(row.texts, [example], ["format", *rewards]).items():
+            record[f"reward/{name}"] = values[0]
+        return record
 
     def samples(self, step: int, batch, examples: list[dict], scores: dict[str, list], **per_response) -> None:
         """Append the first responses of a training batch to samples.jsonl, with their rewards and these numbers."""

@@ -1,39 +1,30 @@
 """benchmarks/curves.py and growth.py: how a learning rate is chosen, and that the README says what was measured."""
 
 import csv
-import importlib.util
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
-import pytest
 from conftest import ROOT
 
-from benchmarks import growth
+from benchmarks import curves, growth
+
+# --- curves.py ---
 
 
-@pytest.fixture
-def curves():
-    spec = importlib.util.spec_from_file_location("curves", ROOT / "benchmarks" / "curves.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_tables_of_the_readme_are_those_of_the_measurements(curves):
+def test_the_tables_of_the_readme_are_those_of_the_measurements():
     text = (ROOT / "README.md").read_text()
     missing = [line for line in curves.tables().splitlines() if line and line not in text]
     assert not missing, "python benchmarks/curves.py draw"
 
 
-def test_all_seeds_of_all_scripts_are_there(curves):
+def test_all_seeds_of_all_scripts_are_there():
+    assert not set(curves.SEEDS) & set(curves.SWEEP_SEEDS)
     with open(ROOT / "benchmarks" / "curves.csv") as file:
         rows = list(csv.DictReader(file))
     for name in curves.COMMANDS:
         found = [row for row in rows if row["script"] == name]
-        assert {int(row["seed"]) for row in found} == set(curves.SEEDS) and not set(curves.SEEDS) & set(
-            curves.SWEEP_SEEDS
-        )
+        assert {int(row["seed"]) for row in found} == set(curves.SEEDS)
         assert {float(row["lr"]) for row in found} == {curves.best_rate(name)}
         assert len(found) == 5 * 81
         if name != "dpo":
@@ -41,9 +32,10 @@ def test_all_seeds_of_all_scripts_are_there(curves):
             assert 5 < np.mean(lengths) < 64
 
 
-def test_a_sweep_ends_when_the_best_rate_has_worse_neighbours(curves, monkeypatch, tmp_path):
+def test_a_sweep_ends_when_the_best_rate_has_worse_neighbours(monkeypatch, tmp_path):
     monkeypatch.setattr(curves, "HERE", tmp_path)
-    best, tried = {name: i for i, name in enumerate(curves.COMMANDS)}, set()
+    best = {name: i for i, name in enumerate(curves.COMMANDS)}  # each script has another best rate
+    tried = set()
 
     def run(name, lr, seed):
         tried.add((name, lr))
@@ -54,38 +46,48 @@ def test_a_sweep_ends_when_the_best_rate_has_worse_neighbours(curves, monkeypatc
     curves.sweep()
     for name, i in best.items():
         assert curves.best_rate(name) == curves.RATES[i]
-        assert {(name, lr) for lr in curves.RATES[max(0, i - 1) : i + 2]} <= tried
+        for lr in curves.RATES[max(0, i - 1) : i + 2]:
+            assert (name, lr) in tried
 
 
-def test_of_equal_final_accuracies_the_faster_one_is_best(curves, monkeypatch, tmp_path):
+def test_of_equal_final_accuracies_the_faster_one_is_best(monkeypatch, tmp_path):
     monkeypatch.setattr(curves, "HERE", tmp_path)
     rows = [
-        ("grpo", lr, 100, final, mean)
-        for lr, final, mean in ((1e-4, 0.941, 0.8), (2e-4, 0.938, 0.9), (4e-4, 0.8, 0.95))
+        ("grpo", 1e-4, 100, 0.941, 0.8),
+        ("grpo", 2e-4, 100, 0.938, 0.9),
+        ("grpo", 4e-4, 100, 0.8, 0.95),
     ]
     curves.write("sweep.csv", ("script", "lr", "seed", "final", "mean"), rows)
     assert curves.best_rate("grpo") == 2e-4
 
 
-def test_an_interrupted_run_is_not_taken_for_a_finished_one(curves, tmp_path):
+def test_an_interrupted_run_is_not_taken_for_a_finished_one(tmp_path):
+    assert curves.finished(tmp_path / "nothing") == []
     (tmp_path / "config.json").write_text('{"steps": 2}')
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
-    assert curves.finished(tmp_path) == [] and curves.finished(tmp_path / "nothing") == []
+    assert curves.finished(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
     assert len(curves.finished(tmp_path)) == 2
 
 
-def test_time_and_memory_grow_no_faster_than_in_proportion():
-    """From one measured point to the next: time without attention, and memory; 15 % are left to noise."""
+# --- growth.py ---
+
+
+def test_time_and_memory_grew_no_faster_than_in_proportion():
+    """Of the committed measurements: time without attention, and memory; 15 % are left to noise."""
     for name, found in growth.read().items():
-        x = found["parameters" if name == "hidden_size" else name]
+        x = found["parameters"] if name == "hidden_size" else found[name]
+        assert len(x) >= 4, name
         for y in (found["seconds"] * (1 - found["attention"]), found["mb"]):
-            assert len(x) >= 4 and (y[1:] / y[:-1] <= 1.15 * x[1:] / x[:-1]).all(), name
-            assert y[-1] / y[0] <= 1.15 * x[-1] / x[0], name
+            assert (y[1:] / y[:-1] <= 1.15 * x[1:] / x[:-1]).all(), f"{name}, from one point to the next"
+            assert y[-1] / y[0] <= 1.15 * x[-1] / x[0], f"{name}, from the first point to the last"
 
 
 def test_growth_measures_full_length_responses_and_the_share_of_attention():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         found = pool.submit(growth.measure, group_size=2, response_tokens=16, hidden_size=64).result()
-    assert found["tokens"] == 4 * 2 * 16 and found["parameters"] > 64 * 64
-    assert found["seconds"] > 0 and found["mb"] > 0 and 0 < found["attention"] < 0.5
+    assert found["tokens"] == 4 * 2 * 16
+    assert found["parameters"] > 64 * 64
+    assert found["seconds"] > 0
+    assert found["mb"] > 0
+    assert 0 < found["attention"] < 1

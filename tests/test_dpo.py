@@ -1,5 +1,6 @@
 """dpo.py: three objectives against values worked out by hand, how responses make pairs, and the script."""
 
+import copy
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ from test_siblings import double, sections
 from torch.nn.functional import logsigmoid
 
 import dpo
-from data import load_task
+from data import draw, load_task
 from dpo import dpo_loss, dpo_norm_loss, long2short_pairs, simpo_loss, verified_pairs
 from logprobs import Policy, load_policy
 from pairs import load_pairs, pair_batch
@@ -47,8 +48,8 @@ def sums(path, n):
 
 
 def run_in_two_processes(*flags):
-    launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--main_process_port", "29641"]
+    """Under accelerate launch without a GPU it would be one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*command, str(ROOT / "dpo.py"), *map(str, flags)], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -152,6 +153,32 @@ def test_the_best_policy_for_preferences_is_that_of_the_reward_behind_them():
     assert gradient((ref - r / 0.7).requires_grad_()).abs().max() > 0.1
 
 
+# --- the reference ---
+
+
+def test_the_reference_is_the_policy_before_training_and_stays_so(tiny, batch):
+    policy = Policy(copy.deepcopy(tiny[0].model))
+    reference = policy.reference()
+    assert isinstance(reference, Policy) and not reference.model.training
+    assert all(p.requires_grad for p in policy.parameters())
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert not {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
+    logp, _ = policy(batch, 0.7)
+    at_first, _ = reference(batch, 0.7)
+    assert torch.equal(at_first, logp) and logp.requires_grad and not at_first.requires_grad
+
+    weights = {name: x.clone() for name, x in policy.state_dict().items()}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    logp.sum().backward()
+    optimizer.step()
+    moved, _ = policy(batch, 0.7)
+    later, _ = reference(batch, 0.7)
+    assert not torch.allclose(moved, logp, atol=1e-2) and torch.equal(later, at_first)
+    assert reference.state_dict().keys() == weights.keys()
+    assert all(torch.equal(x, weights[name]) for name, x in reference.state_dict().items())
+    assert torch.equal(policy.reference()(batch, 0.7)[0], moved), "asked for later, it is the later policy"
+
+
 # --- pairs ---
 
 
@@ -236,6 +263,11 @@ def test_the_loop_sees_other_pairs_in_every_step_and_evaluates_the_present_polic
     task = load_task("arithmetic")
     train, test = ({example["question"] for example in part} for part in (task.train, task.test[:8]))
     assert {q["question"] for q in questions[0]} <= train and {q["question"] for q in questions[1]} == test
+    held_out = read_jsonl(tmp_path / "run" / "held_out.jsonl")
+    assert [(line["step"], line["question"]) for line in held_out] == [
+        (step, example["question"]) for step in (0, 2, 3) for example in task.test[:8]
+    ]
+    assert {name for name in held_out[0] if "/" in name} == {"reward/accuracy", "reward/format"}
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
@@ -250,12 +282,14 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 def test_two_processes_put_their_own_pairs_together(tmp_path):
     run_in_two_processes("--pair-prompts", 64, "--eval-prompts", 32, "--steps", 1, "--out", tmp_path / "run")
     task = load_task("arithmetic")
-    shares = [{example["question"] for example in task.test[:32][process::2]} for process in (0, 1)]
-    train, held_out = json.loads((tmp_path / "run" / "pairs.json").read_text())
-    prompts = [pair["prompt"] for pair in held_out]
-    assert len(set(prompts)) == len(prompts) and set(prompts) <= shares[0] | shares[1]
-    assert all(share & set(prompts) for share in shares), "the share of each process"
-    assert 20 < len(train) <= 64 and {pair["prompt"] for pair in train} <= {e["question"] for e in task.train}
+    asked = draw(task.train, 64, 0, step=1), task.test[:32]
+    made = json.loads((tmp_path / "run" / "pairs.json").read_text())
+    for questions, pairs in zip(asked, made, strict=True):
+        shares = [{example["question"] for example in questions[process::2]} for process in (0, 1)]
+        prompts = [pair["prompt"] for pair in pairs]
+        assert len(set(prompts)) == len(prompts) and set(prompts) <= shares[0] | shares[1]
+        assert all(len(share & set(prompts)) > len(share) / 2 for share in shares), "the share of each process"
+    held_out = made[1]
     first, last = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     mean = sum(len(pair["chosen_ids"]) for pair in held_out) / len(held_out)
     assert first["eval_length_chosen"] == pytest.approx(mean), "and each process has all of them"

@@ -10,21 +10,21 @@ from conftest import ROOT, make_sampler, read_jsonl, without_times
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
-from rollout import load_model, token_logprobs
+from logprobs import load_policy
 
 # Run in a process of its own, whose peak of resident memory is then that of one way of computing. The body of the model
 # is one embedding, so that nothing but the LM head has a size.
 MEASURE = """
 import json, re, sys
 import torch
-from data import Rollouts
-from rollout import token_logprobs
+from batch import Rollouts
+from logprobs import token_logprobs
 from types import SimpleNamespace
 
 way, tokens = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 class Body(torch.nn.Embedding):
-    config = SimpleNamespace(get_text_config=lambda: None)
+    config = SimpleNamespace(_attn_implementation="eager", get_text_config=lambda: None)  # not packed
 
     def forward(self, input_ids, **_):
         return SimpleNamespace(last_hidden_state=super().forward(input_ids))
@@ -55,6 +55,7 @@ def measure(way: str, tokens: int) -> dict:
     return json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_memory_does_not_grow_with_the_logits():
     plain, ours, longer = measure("plain", 640), measure("ours", 640), measure("ours", 1920)
@@ -76,7 +77,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing_else(tmp_path, ti
     LlamaForCausalLM(config).save_pretrained(tmp_path), tiny[1].save_pretrained(tmp_path)
     found = []
     for checkpointing in (False, True):
-        policy, tokenizer = load_model(str(tmp_path), torch.device("cpu"), checkpointing)
+        policy, tokenizer = load_policy(str(tmp_path), torch.device("cpu"), checkpointing)
         sampler, kept = make_sampler(policy, tokenizer, max_new_tokens=24), 0
         before = sampler.generate([[9, 10], [11]], n=4, temperature=1.0, seed=0)
 
@@ -86,7 +87,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing_else(tmp_path, ti
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            logp, _ = token_logprobs(policy, before, 1.0)
+            logp, _ = policy(before, 1.0)
         logp.sum().backward()
         assert torch.allclose(logp, before.sampler_logp, atol=1e-5), "no dropout"
         sampler.push(policy)

@@ -257,6 +257,19 @@ def test_a_folder_with_no_head_to_start_from_is_one_clear_line(tmp_path, capsys,
     assert "\n" not in str(error.value) and str(error.value) in capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "words"),
+    [
+        ("BertForSequenceClassification", "bert", "depend on later tokens"),
+        ("ModernBertDecoderForSequenceClassification", "modernbert-decoder", "more than a linear head"),
+    ],
+)
+def test_a_head_that_cannot_be_taken_over_is_refused(tmp_path, name, family, words):
+    small(name, family, num_labels=1).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=words):
+        load_value(str(tmp_path), torch.device("cpu"))
+
+
 def test_a_value_model_that_cannot_be_loaded_is_one_clear_line(tmp_path):
     with pytest.raises(SystemExit, match="--value-model no/such-model cannot be loaded") as error:
         load_value("no/such-model", torch.device("cpu"))
@@ -411,6 +424,7 @@ def test_the_clamped_kl_is_only_in_the_reward(tmp_path):
     assert plain["kl"] == clamped["kl"] and plain["value_loss"] != clamped["value_loss"]
 
 
+@pytest.mark.slow  # test_reward_model.py has a shorter one
 def test_accuracy_rises(tmp_path):
     run_script("ppo.py", "--steps", 25, "--eval-every", 0, "--out", tmp_path / "run")
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 import ppo
 import rewards
+from logprobs import load_value
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,8 @@ def test_ppo_learns_from_a_reward_model_and_its_value_network_starts_from_it(fol
     own = tmp_path / "own"
     scorer = LlamaForSequenceClassification.from_pretrained(str(ROOT / "tiny"), num_labels=1)
     scorer.save_pretrained(own), tokenizer.save_pretrained(own)
-    value = ppo.load_value(str(own), torch.device("cpu"))
-    assert torch.equal(value.score.weight, scorer.score.weight) and value.score.weight.abs().sum() > 0
+    value = load_value(str(own), torch.device("cpu"))
+    assert torch.equal(value.head.weight, scorer.score.weight) and value.head.weight.abs().sum() > 0
 
     flags = {"model": str(ROOT / "tiny"), "eval_prompts": 8, "steps": 15, "eval_every": 0, "lr": 3e-4, "beta": 0.0}
     config = ppo.Config(out=str(tmp_path / "run"), rewards=(f"{folder}=1",), value_model=str(own), **flags)

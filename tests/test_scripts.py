@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, read_jsonl, run_script, without_times
 
 import grpo
+from data import load_task
 from logprobs import Policy, load_model
 from plumbing.flags import parse
 
@@ -191,6 +192,9 @@ torch.save(loaded[0][0].model.state_dict(), {str(tmp_path)!r} + "/rank" + os.env
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert all(record["tokens"] == pytest.approx(record["response_length"] * 16) for record in records[1:])
+    held_out = read_jsonl(tmp_path / "run" / "held_out.jsonl")
+    questions = [example["question"] for example in load_task("arithmetic").test[:8]]
+    assert [record["question"] for record in held_out] == 2 * questions, "of both processes, in order"
     one, other = (torch.load(tmp_path / f"rank{i}") for i in (0, 1))
     before = load_model(str(ROOT / "tiny"), "cpu")[0]
     for name, p in before.state_dict().items():
