@@ -8,17 +8,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass
 class Rollouts:
-    """B responses to P prompts, G to each, in prompt order: rows 0..G-1 answer prompt 0, the next G prompt 1, ...
+    """B responses to P prompts, G to each, in prompt order: rows 0..G-1 belong to prompt 0, the next G to prompt 1, ...
 
     Prompts are padded on the left and responses on the right, so every response begins in the same column L.
-    T is the longest response. The end token belongs to its response, also where it doubles as the padding token.
+    T is the longest response. The end token is part of its response, even where it is the padding token too.
     """
 
     input_ids: torch.Tensor  # [B, L + T] prompt and response tokens
     attention_mask: torch.Tensor  # [B, L + T] 1 on real tokens, 0 on padding
     response_mask: torch.Tensor  # [B, T] True on response tokens, the end token included
     sampler_logp: torch.Tensor  # [B, T] log-probs under the distribution that was sampled; 0 off the mask
-    prompt_index: torch.Tensor  # [B] which prompt a row answers
+    prompt_index: torch.Tensor  # [B] which prompt a row belongs to
     texts: list[str]  # B responses, decoded without special tokens
     finish_reasons: list[str]  # B times "stop" (end token or stop string) or "length" (cut by the limit)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # "row" [B]; what objectives add, [B] or [B, T]
@@ -111,7 +111,7 @@ def left_pad(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, 
 
 
 def right_pad(rows: list[list], fill, device) -> torch.Tensor:
-    """[B, T] B lists of numbers as one tensor; `fill` stands where a list has ended."""
+    """[B, T] B lists of numbers as one tensor; shorter lists are filled up with `fill`."""
     width = max(len(row) for row in rows)
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
 
@@ -144,5 +144,5 @@ def collate(
         texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
         finish_reasons=finish_reasons,
     )
-    batch["row"] = torch.arange(len(responses), device=device)  # [B] where a row of a part stood in the whole batch
+    batch["row"] = torch.arange(len(responses), device=device)  # [B] of a part: the row numbers in the whole batch
     return batch

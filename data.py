@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.fail import fail
+from plumbing.fail import fail, first_line
 
 # Every split comes from this constant and never from the seed of a run:
 # two runs with different seeds must be scored on the same held-out questions, and train on none of them.
@@ -82,8 +82,10 @@ def procedural_task(name: str, kind: str, levels: str) -> Task:
         # a model trained on arithmetic:3-6 can be tested on arithmetic:4.
         held_out = min(TEST_SIZE, len(pool) // 4)
         levels_left = high - level + 1
-        test += pool[:held_out][: (TEST_SIZE - len(test)) // levels_left]
-        train += pool[held_out:][: (TRAIN_SIZE - len(train)) // levels_left]
+        test_quota = (TEST_SIZE - len(test)) // levels_left
+        train_quota = (TRAIN_SIZE - len(train)) // levels_left
+        test += pool[: min(held_out, test_quota)]
+        train += pool[held_out : held_out + train_quota]
     for examples in (train, test):  # mixed levels, so that any part of the held-out set is a fair sample of it
         random.Random(SPLIT_SEED).shuffle(examples)
     return Task(name, train, test)
@@ -107,7 +109,7 @@ def arithmetic_pool(level: int, in_words: bool) -> list[dict]:
     sums = rng.sample(range(9**level), min(9**level, TRAIN_SIZE + TEST_SIZE))
     pool = []
     for index in sums:
-        digits = [index // 9**place % 9 + 1 for place in range(level)]
+        digits = [index // 9**place % 9 + 1 for place in range(level)]  # those of `index` in base 9, plus 1
         if in_words:
             question = WORDS.format(" + ".join(map(str, digits)))
         else:
@@ -149,15 +151,15 @@ def random_expression(numbers: list[int], rng: random.Random) -> tuple[str, int]
     parts = [(str(number), number) for number in numbers]
     while len(parts) > 1:
         rng.shuffle(parts)
-        left, a = parts.pop()
-        right, b = parts.pop()
+        left_text, a = parts.pop()
+        right_text, b = parts.pop()
         values = {"+": a + b, "*": a * b}
         if a > b:
             values["-"] = a - b
         if a % b == 0:
             values["/"] = a // b
         operator = rng.choice(list(values))
-        parts.append((f"({left} {operator} {right})", values[operator]))
+        parts.append((f"({left_text} {operator} {right_text})", values[operator]))
     expression, value = parts[0]
     return expression[1:-1], value  # without the outermost parentheses
 
@@ -210,9 +212,8 @@ def read_source(source: str) -> tuple[list[tuple[str, dict]], list[tuple[str, di
 
         splits = load_dataset(name, config or None)
     except Exception as error:  # no network, no such data set, no access: many types, one remedy
-        reason = str(error).partition("\n")[0]
         fail(
-            f"cannot load {source} from the Hub ({type(error).__name__}: {reason}); "
+            f"cannot load {source} from the Hub ({type(error).__name__}: {first_line(error)}); "
             "check the name and the network, or give a local file: --data path.jsonl"
         )
     train = rows_of_split(splits, "train", source)
@@ -295,7 +296,7 @@ def to_example(row: dict, task: str, where: str) -> dict:
 
 TEMPLATES = ("auto", "plain", "r1", "chat")
 
-# Convention: a prompt never contains the opening <think>. The response has to begin with it.
+# Our own templates never end with the opening <think>: the response begins with it. Some chat templates do.
 R1_PROMPT = (
     "This is a conversation in which a User poses a problem and an Assistant solves it. The Assistant thinks first: "
     "its reasoning stands between <think> and </think>. Then it states the result, and only the result, "
@@ -341,7 +342,7 @@ def render_prompt(example: dict, tokenizer, template: str) -> str:
 
 def encode_prompt(example: dict, tokenizer, template: str) -> list[int]:
     """The prompt as token ids."""
-    # A chat template writes the special tokens itself; if the tokenizer added its own, <bos> would stand there twice.
+    # A chat template writes the special tokens itself; if the tokenizer added its own, <bos> would appear twice.
     add_special_tokens = resolve_template(tokenizer, template) != "chat"
     return tokenizer.encode(render_prompt(example, tokenizer, template), add_special_tokens=add_special_tokens)
 

@@ -28,7 +28,7 @@ long. Left out: label smoothing, warm-up and decay of the learning rate, and fin
 as the paper does where another model wrote them (sft.py).
 
     python dpo.py
-        On a CPU, no download: a tiny model answers, a verifier makes pairs, and the model learns to think.
+        On a CPU, no download: of a tiny model's responses a verifier makes pairs, and the model learns to think.
     python dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl --lr 5e-6 --max-new-tokens 512
         Your own pairs, one {"prompt": ..., "chosen": ..., "rejected": ...} per line, or a set on the Hub.
 """
@@ -52,13 +52,13 @@ from rollout import check_sampler, make_sampler
 
 @dataclass
 class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumbing/flags.py
-    task: str = "arithmetic"  # without --data: its questions, answered by the model, make the pairs and the evaluation
+    task: str = "arithmetic"  # without --data: pairs and evaluation are of the model's responses to its questions
     data: tuple[str, ...] = ()  # JSONL file or Hub set of pairs; a second one is held out; empty: the model's own
     eval_prompts: int = 128  # held-out questions or pairs per evaluation
     seed: int = 0  # of the model's own responses, and of the order of the pairs
     objective: Literal["dpo", "dpo_norm", "simpo"] = "dpo"  # which R and J
     pairs: Literal["verified", "long2short"] = "verified"  # how the model's own responses make pairs
-    pair_prompts: int = 1024  # questions answered to make pairs
+    pair_prompts: int = 1024  # questions to sample responses to, which make the pairs
     group_size: int = 8  # G: responses to each of them
     steps: int = 80  # updates
     pairs_per_step: int = 64  # pairs in each update
@@ -92,8 +92,11 @@ def long2short_pairs(right: list[bool], lengths: list[int]) -> list[tuple[int, i
     chosen = min(right_ones, key=lambda g: lengths[g])
     pairs = []
     for g in range(len(right)):
-        least = 1.5 * lengths[chosen] if right[g] else lengths[chosen] + 1
-        if lengths[g] >= least:
+        if right[g]:
+            shortest_rejected = 1.5 * lengths[chosen]
+        else:
+            shortest_rejected = lengths[chosen] + 1
+        if lengths[g] >= shortest_rejected:
             pairs.append((chosen, g))
     return pairs
 
@@ -177,21 +180,22 @@ def main(config: Config) -> None:
         else:
             sampler.push(policy)
             questions = draw(questions, min(config.pair_prompts, len(questions)), config.seed, step=1)
-            choose = {"verified": verified_pairs, "long2short": long2short_pairs}[config.pairs]
-            train = gather(sample_pairs(config, sampler, run.share(questions), choose, run.seed(0)))
-            held_out = gather(sample_pairs(config, sampler, run.share(test), choose, run.seed(0)))
-            sampler.sleep()
-    check_pairs(train, held_out)
+            make_pairs = {"verified": verified_pairs, "long2short": long2short_pairs}[config.pairs]
+            train = gather(sample_pairs(config, sampler, run.share(questions), make_pairs, run.seed(0)))
+            held_out = gather(sample_pairs(config, sampler, run.share(test), make_pairs, run.seed(0)))
+        sampler.sleep()
+    check_pairs(train, held_out, config)
     if accelerator.is_main_process:
-        (run.folder / "pairs.json").write_text(json.dumps([train, held_out]))
         show_pairs(train, held_out, config, tokenizer)
+        if not config.resume:
+            (run.folder / "pairs.json").write_text(json.dumps([train, held_out]))
     held_out = pair_batch(held_out, tokenizer, accelerator.device)
     if reference:
         with accelerator.autocast():
             held_out["ref_logp"] = batch_logprobs(reference, held_out, config.temperature, config.tokens_per_microbatch)
     run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume: as they were saved
 
-    def objective(logp, ref_logp, mask, num_pairs):
+    def pair_loss(logp, ref_logp, mask, num_pairs):
         """The loss of --objective, with its own beta where none is given."""
         constants = {"beta": config.beta} if config.beta else {}
         if config.objective == "dpo":
@@ -206,7 +210,7 @@ def main(config: Config) -> None:
             logp = batch_logprobs(policy, held_out, config.temperature, config.tokens_per_microbatch)
         ref_logp = held_out["ref_logp"] if reference else None
         mask = held_out.response_mask
-        loss, stats = objective(logp, ref_logp, mask, len(mask) // 2)
+        loss, stats = pair_loss(logp, ref_logp, mask, len(mask) // 2)
         run.add_metrics(step, {"eval_loss": loss.item()})
         run.add_metrics(step, {f"eval_{name}": x.mean().item() for name, x in stats.items()})
         if sampler:
@@ -233,7 +237,7 @@ def main(config: Config) -> None:
             with accelerator.autocast():
                 logp, _ = policy(micro, config.temperature)  # [2n, t]
             ref_logp = micro["ref_logp"] if reference else None
-            loss, stats = objective(logp, ref_logp, micro.response_mask, config.pairs_per_step)
+            loss, stats = pair_loss(logp, ref_logp, micro.response_mask, config.pairs_per_step)
             accelerator.backward(loss)
             each_pair = torch.ones_like(stats["margin"], dtype=torch.bool)  # [n, 1] means are over pairs, not tokens
             run.collect(each_pair, loss, **stats)
@@ -261,13 +265,17 @@ def check_flags(config: Config) -> None:
         refuse_changed(config, ("gamma",), "is for --objective simpo; drop it, or add that")
 
 
-def check_pairs(train: list[dict], held_out: list[dict]) -> None:
+def check_pairs(train: list[dict], held_out: list[dict], config: Config) -> None:
     """End the run if there is nothing to learn from, or nothing to evaluate on."""
-    if not train or not held_out:
-        fail(
-            f"{len(train)} pairs to learn from, {len(held_out)} held out: each takes a right response and a wrong "
-            "(long2short: or longer) one; try another --task, or more questions"
-        )
+    if train and held_out:
+        return
+    found = f"{len(train)} pairs to learn from, {len(held_out)} held out"
+    if config.data:
+        fail(f"{found}: --data needs pairs of different responses, to two different prompts or more")
+    fail(
+        f"{found}: each takes a right response and a wrong (long2short: or longer) one; try another --task, or more "
+        "questions"
+    )
 
 
 def show_pairs(train: list[dict], held_out: list[dict], config: Config, tokenizer) -> None:

@@ -47,7 +47,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
-    tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
+    tis: float = 0.0  # truncated importance sampling: weight by pi_old/pi_sampler, capped at this (try 2); 0: off
 
 
 # --- advantage ---
@@ -89,7 +89,7 @@ def policy_loss(
 
     logp, old_logp, ref_logp [B, T]: log pi, log pi_old, log pi_ref of the sampled tokens (ref_logp None if beta is 0)
     advantages [B]; mask [B, T]: True on response tokens
-    num_responses: those of the whole update, in all its micro-batches and processes: 1/G, and the mean over questions
+    num_responses: in the whole update, over all micro-batches and processes: 1/G, and the mean over questions
     weight: of the importance sampling, [B, T]; 1 if the sampler's distribution is pi_old
     """
     A = advantages[:, None]  # [B, 1]
@@ -140,13 +140,13 @@ def main(config: Config) -> None:
 
         # --- log-probs of pi_old and of the reference, by the trainer: the sampler's own differ by rounding ---
         with accelerator.autocast():
-            if updates > 1:  # with one update, the policy that learns still is pi_old
+            if updates > 1:  # with one update, the policy being trained is still pi_old
                 batch["old_logp"] = batch_logprobs(policy, batch, config.temperature, config.tokens_per_microbatch)
             if reference:
                 batch["ref_logp"] = batch_logprobs(reference, batch, config.temperature, config.tokens_per_microbatch)
 
         # --- rewards and advantages ---
-        examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
+        examples = [questions[i] for i in batch.prompt_index.tolist()]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
         rewards = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
         batch["rewards"] = rewards
@@ -162,7 +162,7 @@ def main(config: Config) -> None:
                     with accelerator.autocast():
                         logp, entropy = policy(micro, config.temperature)  # [b, t] each
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
-                    gap = old_logp - micro.sampler_logp  # [b, t] what rounding does
+                    gap = old_logp - micro.sampler_logp  # [b, t] trainer minus sampler, a matter of rounding
                     weight = gap.exp().clamp(max=config.tis) if config.tis else 1.0  # [b, t]
                     loss, stats = policy_loss(
                         logp, old_logp, micro["advantages"], micro.response_mask, responses_per_update,
@@ -173,14 +173,14 @@ def main(config: Config) -> None:
                     accelerator.backward(loss)
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
-                grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0))
+                grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0).item())
                 optimizer.step()  # does nothing where there is no gradient: no KL and no informative group
                 optimizer.zero_grad()
         sampler.push(policy)  # pi_old <- pi
         run.lap("seconds_update")  # all since the rollout
 
         # --- log, evaluate, save ---
-        run.log(step, updates, batch, scores, grad_norm=torch.stack(grad_norms).mean().item(), lr=config.lr)
+        run.log(step, updates, batch, scores, grad_norm=torch.tensor(grad_norms).mean().item(), lr=config.lr)
         if step == 1 or run.due(config.eval_every, step):
             run.samples(step, batch, examples, scores, advantage=batch["advantages"])
         if run.due(config.eval_every, step):

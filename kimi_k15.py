@@ -18,10 +18,11 @@ With mean(r_1..r_G) for tau log Z, minus its gradient over 2 tau is the step
 
 Several updates per iteration (--epochs, --minibatches); only from the second on is the penalty at work. tau is not in
 the paper, and its scale depends on length: log(pi/pi_i) is a sum over tokens, larger for longer responses.
-Kept from the paper: the optimiser starts anew in every iteration; the length reward; easy questions first, then those
-that fail most (section 2.3.3). Gone from grpo.py: std, ratio, clip, the mean over tokens 1/|o_i|, the KL to the
-starting model. Kept from it: gradients clipped to norm 1. Left out: partial rollouts, the learned reward models, and
-the two filters of section 2.1, which rate questions by a model's answers (too easy or too hard; right by a guess).
+Kept from the paper: the optimiser starts anew in every iteration; the length reward (section 2.3.3); easy questions
+first, then those that fail most (section 2.3.4). Gone from grpo.py: std, ratio, clip, the mean over tokens 1/|o_i|, the
+KL to the starting model. Kept from it: gradients clipped to norm 1. Left out: partial rollouts, the learned reward
+models, and the two filters of section 2.1, which rate questions by a model's responses (too easy or too hard; right by
+a guess).
 
     python kimi_k15.py
         On a CPU, no download: a tiny model learns to think before it answers, and is right.
@@ -58,7 +59,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     minibatches: int = 1  # updates per pass
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     tau: float = 0.1  # tau: weight of the squared log-ratio of a response, a sum over its tokens
-    tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
+    tis: float = 0.0  # truncated importance sampling: weight by pi_old/pi_sampler, capped at this (try 2); 0: off
     length_weight: float = 0.0  # of the length reward, which lies within -0.5 and 0.5
     length_from: int = 40  # step from which on it counts; the paper, too, begins without
     curriculum: int = 0  # steps until all questions are drawn, easy ones first; 0: all from the start
@@ -117,8 +118,9 @@ def draw_weighted(examples: list[dict], weights: list[float], n: int, seed: int,
     return [examples[i] for _, _, i in sorted(arrivals)[:n]]
 
 
-def choose(examples: list[dict], rates: SuccessRates, n: int, config: Config, step: int) -> list[dict]:
-    """The n questions of a step: of the easy ones first; if prioritised, in proportion to 1 - success rate."""
+def draw_questions(examples: list[dict], rates: SuccessRates, config: Config, step: int) -> list[dict]:
+    """The questions of a step: of the easy ones first; if prioritised, in proportion to 1 - success rate."""
+    n = config.prompts_per_step
     pool = easy_first(examples, n, step, config.curriculum)
     if config.prioritised:
         return draw_weighted(pool, [1 - rates.of(example) for example in pool], n, config.seed, step)
@@ -143,7 +145,9 @@ def length_rewards(lengths: torch.Tensor, accuracy: list[float], group_size: int
 
     A wrong response (accuracy below 1) gets at most 0. In a group of equal lengths all get 0.
     """
-    low, high = (x.repeat_interleave(group_size) for x in lengths.view(-1, group_size).aminmax(dim=1))  # [B] each
+    low, high = lengths.view(-1, group_size).aminmax(dim=1)  # [P] each
+    low = low.repeat_interleave(group_size)  # [B]
+    high = high.repeat_interleave(group_size)  # [B]
     reward = torch.where(high > low, 0.5 - (lengths - low) / (high - low), 0.0)  # [B] lambda
     return torch.where(torch.tensor(accuracy, device=lengths.device) == 1, reward, reward.clamp(max=0))  # [B]
 
@@ -173,13 +177,14 @@ def policy_loss(
 
     logp, old_logp [B, T]: log pi and log pi_i of the sampled tokens
     advantages [B]; mask [B, T]: True on response tokens
-    num_responses: those of the whole update, in all its micro-batches and processes: 1/G, and the mean over questions
+    num_responses: in the whole update, over all micro-batches and processes: 1/G, and the mean over questions
     weight: of the importance sampling, [B, 1] per response; 1 if the sampler's distribution is pi_i
     """
     A = advantages[:, None]  # [B, 1]
     log_ratio = ((logp - old_logp) * mask).sum(dim=1, keepdim=True)  # [B, 1] x, of the whole response
     per_response = weight * (A * log_ratio - tau / 2 * log_ratio**2)  # [B, 1] grad of A x: A grad log pi
-    stats = {"log_ratio_squared": log_ratio**2, "ratio_max": log_ratio.exp(), "kl_old": kl_k3(old_logp, logp)}
+    kl_old = kl_k3(logp=old_logp, ref_logp=logp)  # [B, T] of KL(pi_i || pi)
+    stats = {"log_ratio_squared": log_ratio**2, "ratio_max": log_ratio.exp(), "kl_old": kl_old}
     return -per_response.sum() / num_responses, stats  # 1/G sum_i
 
 
@@ -209,7 +214,7 @@ def main(config: Config) -> None:
 
     for step in run.steps():
         # --- rollout: G responses to each question, from pi_i ---
-        questions = run.share(choose(train, rates, config.prompts_per_step, config, step))  # this process's share
+        questions = run.share(draw_questions(train, rates, config, step))  # this process's share
         seed = run.seed(step)  # every step has its own random numbers
         prompts = [question["prompt_ids"] for question in questions]
         batch = sampler.generate(prompts, config.group_size, config.temperature, seed)
@@ -218,17 +223,18 @@ def main(config: Config) -> None:
 
         # --- log-probs of pi_i, by the trainer: the sampler's own differ by rounding ---
         with accelerator.autocast():
-            if updates > 1:  # with one update, the policy that learns still is pi_i
+            if updates > 1:  # with one update, the policy being trained is still pi_i
                 batch["old_logp"] = batch_logprobs(policy, batch, config.temperature, config.tokens_per_microbatch)
 
         # --- rewards and advantages ---
-        examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
+        examples = [questions[i] for i in batch.prompt_index.tolist()]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
         rewards = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        if step >= config.length_from:
+            shorter = length_rewards(batch.lengths, scores["accuracy"], config.group_size)  # [B]
+            rewards = rewards + config.length_weight * shorter  # [B]
         batch["rewards"] = rewards
         rates.record(examples, scores["accuracy"])
-        if step >= config.length_from:  # in place: the reward that is logged
-            rewards += config.length_weight * length_rewards(batch.lengths, scores["accuracy"], config.group_size)
         batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
 
         # --- update: some epochs over the rollout ---
@@ -240,7 +246,7 @@ def main(config: Config) -> None:
                     with accelerator.autocast():
                         logp, entropy = policy(micro, config.temperature)  # [b, t] each
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
-                    gap = old_logp - micro.sampler_logp  # [b, t] what rounding does
+                    gap = old_logp - micro.sampler_logp  # [b, t] trainer minus sampler, a matter of rounding
                     weight = gap.sum(1, keepdim=True).exp().clamp(max=config.tis) if config.tis else 1.0  # [b, 1]
                     loss, stats = policy_loss(
                         logp, old_logp, micro["advantages"], micro.response_mask, responses_per_update,
@@ -250,14 +256,14 @@ def main(config: Config) -> None:
                     accelerator.backward(loss)
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
-                grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0))
+                grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0).item())
                 optimizer.step()  # does nothing where there is no gradient: pi is pi_i and no informative group
                 optimizer.zero_grad()
         sampler.push(policy)  # pi_i <- pi
         run.lap("seconds_update")  # all since the rollout
 
         # --- log, evaluate, save ---
-        run.log(step, updates, batch, scores, grad_norm=torch.stack(grad_norms).mean().item(), lr=config.lr)
+        run.log(step, updates, batch, scores, grad_norm=torch.tensor(grad_norms).mean().item(), lr=config.lr)
         if step == 1 or run.due(config.eval_every, step):
             run.samples(step, batch, examples, scores, advantage=batch["advantages"])
         if run.due(config.eval_every, step):

@@ -6,10 +6,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from batch import Rollouts
-from plumbing.fail import fail
+from plumbing.fail import fail, first_line
 from plumbing.packing import can_pack, packed_states, use_packed_attention
 
-LOGITS_AT_ONCE = 2**25  # logits that stand in memory together: 128 MiB in float32, whatever B, T and the vocabulary
+LOGITS_AT_ONCE = 2**25  # the most logits in memory at once: 128 MiB in float32, whatever B, T and the vocabulary
 
 
 # --- the policy ---
@@ -50,14 +50,14 @@ def load_model(path: str, device: torch.device):
 
     The weights are in float32: in bfloat16 an update of 1e-6 would be lost to rounding.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # here, since --help would wait seconds for it
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: --help does not wait seconds for it
 
     quieten_transformers()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        fail(f"--model {path} is no folder here, nor on the Hub: {first_line(error)}")
+        fail(f"--model {path} cannot be loaded, neither as a folder nor from the Hub: {first_line(error)}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device)
@@ -84,10 +84,6 @@ def quieten_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
 # --- log-probs ---
 
 
@@ -95,7 +91,7 @@ def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Te
     """Log-probs of the response tokens, with gradient, and entropies in nats, without: [B, T] float32, 0 off the mask.
 
     Taken at the sampling temperature: the policy that acted is softmax(logits / temperature). The LM head runs on
-    response positions only and in chunks, so the logits [B, T, V] never stand in memory.
+    response positions only and in chunks, so the logits [B, T, V] are never all in memory.
     """
     hidden = response_states(model.base_model, batch)  # [N, H] N response tokens
     targets = batch.response_ids[batch.response_mask]  # [N]
@@ -129,19 +125,20 @@ def on_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def response_states(body, batch: Rollouts) -> torch.Tensor:
-    """[N, H] states of a model's body that predict the N response tokens, row after row.
+    """[N, H] hidden states of a model's body that predict the N response tokens, row after row.
 
-    The state that predicts a token stands at the token before it, hence the shift by one.
+    The hidden state that predicts a token is that of the token before it, hence the shift by one.
     """
     for layer in body.modules():
         if getattr(layer, "gradient_checkpointing", False):
-            layer.training = torch.is_grad_enabled()  # or it would not checkpoint
+            layer.training = torch.is_grad_enabled()  # Transformers checkpoints in training mode only
     if can_pack(body, batch):
         return packed_states(body, batch)  # the same states, without computing on padding
     positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # [B, L + T] padding on the left does not count
     output = body(batch.input_ids, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False)
     T = batch.response_mask.shape[1]
-    return output.last_hidden_state[:, -T - 1 : -1][batch.response_mask]
+    before_each = output.last_hidden_state[:, -T - 1 : -1]  # [B, T, H] the state of the token before each
+    return before_each[batch.response_mask]  # [N, H]
 
 
 @torch.no_grad()

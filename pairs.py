@@ -1,8 +1,8 @@
 """Pairs of responses to learn preferences from, and demonstrations to imitate, as token ids.
 
-A preference pair is a dict: "question", "system" and "prompt_ids" as in an example of data.py; "chosen" and "rejected",
-the two responses as text; "chosen_ids" and "rejected_ids", the same as token ids. A demonstration has "prompt",
-"response", "prompt_ids" and "response_ids".
+A preference pair is a dict: "prompt" and "prompt_ids"; "chosen" and "rejected", the two responses as text; "chosen_ids"
+and "rejected_ids", the same as token ids. Pairs that were read have "question" and "system" too, as an example of
+data.py has. A demonstration has "prompt", "response", "prompt_ids" and "response_ids".
 """
 
 import math
@@ -57,7 +57,7 @@ def preferences(rows: list[tuple[str, dict]], source: str) -> list[dict]:
     left_out = 0
     for where, row in rows:
         row = dict(row)
-        before = []  # the messages that the responses answer
+        before = []  # the messages before the response
         if is_conversation(row.get("chosen"), where):
             before = row["chosen"][:-1]
             row["chosen"] = row["chosen"][-1]["content"]
@@ -74,7 +74,8 @@ def preferences(rows: list[tuple[str, dict]], source: str) -> list[dict]:
             row["prompt"] = turns[0]
         pair = pick_fields(row, ("prompt", "chosen", "rejected"), where)
         pair["question"] = pair["prompt"]
-        pair["system"] = row.get("system") or "".join(m["content"] for m in before if m["role"] == "system")
+        systems = [message["content"] for message in before if message["role"] == "system"]
+        pair["system"] = row.get("system") or "".join(systems)
         if not isinstance(pair["system"], str):
             fail(f'{where}: "system" must be text, not {pair["system"]!r:.40}')
         pairs.append(pair)
@@ -87,9 +88,13 @@ def is_conversation(value, where: str) -> bool:
     """Whether it is a list of messages. Ends the run at a list of anything else."""
     if not isinstance(value, list):
         return False
-    for message in value or [None]:
+    for message in value:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             fail(f'{where}: a conversation is a list of {{"role": ..., "content": ...}}')
+        if not isinstance(message["content"], str):
+            fail(f'{where}: the "content" of a message must be text, not {message["content"]!r:.40}')
+    if not value:
+        fail(f'{where}: a conversation is a list of {{"role": ..., "content": ...}}; this one is empty')
     return True
 
 
@@ -139,23 +144,23 @@ def encode_preferences(pairs: list[dict], tokenizer, config, split: str) -> list
 # --- preference pairs of a model's own responses ---
 
 
-def sample_pairs(config, sampler, questions: list[dict], choose, seed: int) -> list[dict]:
+def sample_pairs(config, sampler, questions: list[dict], make_pairs, seed: int) -> list[dict]:
     """Pairs of responses that the sampler writes, with the ids that were sampled, the end token included.
 
-    choose(right, lengths) gives the (chosen, rejected) of the G responses to a question, as numbers from 0 to G - 1.
+    make_pairs(right, lengths) gives the (chosen, rejected) of the G responses to a question, as numbers below G.
     """
     pairs = []
     for first in tqdm(range(0, len(questions), 64), desc="responses to make pairs of", leave=False):
         part = questions[first : first + 64]
         prompts = [question["prompt_ids"] for question in part]
         batch = sampler.generate(prompts, config.group_size, config.temperature, seed + first)
-        pairs += choose_pairs(batch, part, config.group_size, choose)
+        pairs += pairs_of_batch(batch, part, config.group_size, make_pairs)
     return pairs
 
 
-def choose_pairs(batch: Rollouts, questions: list[dict], group_size: int, choose) -> list[dict]:
+def pairs_of_batch(batch: Rollouts, questions: list[dict], group_size: int, make_pairs) -> list[dict]:
     """The pairs among the responses of a batch, in the order of its questions."""
-    examples = [questions[i] for i in batch.prompt_index]
+    examples = [questions[i] for i in batch.prompt_index.tolist()]
     accuracy = score(batch.texts, examples, ["accuracy"])["accuracy"]
     right = [x == 1 for x in accuracy]
     lengths = batch.lengths.tolist()
@@ -164,7 +169,7 @@ def choose_pairs(batch: Rollouts, questions: list[dict], group_size: int, choose
     for i, question in enumerate(questions):
         start = i * group_size  # the first row of the group
         end = start + group_size
-        for chosen, rejected in choose(right[start:end], lengths[start:end]):
+        for chosen, rejected in make_pairs(right[start:end], lengths[start:end]):
             pair = {"prompt": question["question"], "prompt_ids": question["prompt_ids"]}
             for name, row in (("chosen", start + chosen), ("rejected", start + rejected)):
                 pair[name] = batch.texts[row]
@@ -194,7 +199,7 @@ def read_demonstrations(path: str) -> list[dict]:
 def encode_demonstrations(demonstrations: list[dict], tokenizer) -> list[dict]:
     """Copies of the demonstrations with "prompt_ids" and "response_ids", the end token being part of the response.
 
-    Prompt and response are tokenised apart, as they are when a model is prompted and answers.
+    Prompt and response are tokenised apart, as they are when a model writes a response to a prompt.
     """
     encoded = []
     for pair in demonstrations:

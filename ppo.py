@@ -7,7 +7,7 @@ A response o to a question q is an episode, and each of its tokens an action; ma
     rho_t   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)           the ratio
     A_t     = sum_k (gamma lam)^k delta_t+k                       the advantage, GAE (arXiv 1506.02438, eq. 16), that is
             = delta_t + gamma lam A_t+1
-    delta_t = r_t + gamma V_t+1 - V_t                             A and V are 0 after the last token, also of a cut one
+    delta_t = r_t + gamma V_t+1 - V_t                             A and V are 0 after the last token, truncated or not
     r_t     = -beta log( pi_old(o_t | ..) / pi_ref(o_t | ..) )    the KL ("k1") is in the reward; at the last token
                                                                   the reward of the response is added
 
@@ -58,7 +58,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
-    tis: float = 0.0  # weigh by pi_old/pi_sampler, at most this (2), where the two differ by rounding; 0: do not
+    tis: float = 0.0  # truncated importance sampling: weight by pi_old/pi_sampler, capped at this (try 2); 0: off
     gamma: float = 1.0  # discount per token
     lam: float = 1.0  # lambda of GAE: 1 takes the whole return, 0 only the next reward and V
     clamp_kl: bool = False  # the KL of a token is clamped at 0, which biases it upwards
@@ -94,8 +94,10 @@ def whiten(x, mask, all_sum) -> torch.Tensor:
     The std is the unbiased one (ddof 1). all_sum adds up a number over the processes.
     """
     n = all_sum(mask.sum())  # tokens
-    x = (x - all_sum((x * mask).sum()) / n) * mask  # [B, T] mean 0
-    return x / ((all_sum(x.square().sum()) / (n - 1)).sqrt() + 1e-4)  # [B, T] std 1
+    mean = all_sum((x * mask).sum()) / n
+    centred = (x - mean) * mask  # [B, T] mean 0
+    variance = all_sum(centred.square().sum()) / (n - 1)
+    return centred / (variance.sqrt() + 1e-4)  # [B, T] std 1
 
 
 # --- kl ---
@@ -106,8 +108,8 @@ def kl_k1(logp: torch.Tensor, ref_logp: torch.Tensor, clamp: bool) -> torch.Tens
 
     Clamped at zero its mean is larger than that, by the mean of what is cut off.
     """
-    log_ratio = ref_logp - logp  # [B, T]
-    return (-log_ratio).clamp(min=0) if clamp else -log_ratio
+    log_ratio = logp - ref_logp  # [B, T]
+    return log_ratio.clamp(min=0) if clamp else log_ratio
 
 
 # --- loss ---
@@ -121,7 +123,7 @@ def policy_loss(
 
     logp, old_logp [B, T]: log pi and log pi_old of the sampled tokens
     A [B, T]: advantages; mask [B, T]: True on response tokens
-    num_tokens: response tokens of the whole update, in all its micro-batches and processes: the mean over tokens
+    num_tokens: response tokens in the whole update, over all micro-batches and processes: the mean over tokens
     weight: of the importance sampling, [B, T]; 1 if the sampler's distribution is pi_old
     """
     ratio = (logp - old_logp).exp()  # [B, T] rho
@@ -176,20 +178,23 @@ def main(config: Config) -> None:
 
         # --- log-probs of pi_old and of the reference, by the trainer: the sampler's own differ by rounding ---
         with accelerator.autocast():
-            if updates > 1 or reference:  # with one update and no KL, the policy that learns still is pi_old
+            if updates > 1 or reference:  # with one update and no KL, the policy being trained is still pi_old
                 batch["old_logp"] = batch_logprobs(policy, batch, config.temperature, config.tokens_per_microbatch)
             if reference:
                 batch["ref_logp"] = batch_logprobs(reference, batch, config.temperature, config.tokens_per_microbatch)
             batch["values"] = batch_values(value, batch, config.tokens_per_microbatch)  # [B, T] V_old
 
         # --- rewards and advantages ---
-        examples = [questions[i] for i in batch.prompt_index]  # the question of each of the B responses
+        examples = [questions[i] for i in batch.prompt_index.tolist()]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
         rewards = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
         batch["rewards"] = rewards
         mask = batch.response_mask  # [B, T]
-        kl = kl_k1(batch["old_logp"], batch["ref_logp"], config.clamp_kl) if reference else mask * 0.0
-        A = gae(token_rewards(rewards, kl, mask, config.beta), batch["values"], mask, config.gamma, config.lam)
+        kl = torch.zeros_like(batch.sampler_logp)  # [B, T]
+        if reference:
+            kl = kl_k1(batch["old_logp"], batch["ref_logp"], config.clamp_kl)
+        r = token_rewards(rewards, kl, mask, config.beta)  # [B, T]
+        A = gae(r, batch["values"], mask, config.gamma, config.lam)  # [B, T]
         batch["returns"] = A + batch["values"]  # [B, T] R, what V learns
         batch["advantages"] = whiten(A, mask, accelerator.reduce)  # [B, T]
 
@@ -203,7 +208,7 @@ def main(config: Config) -> None:
                         logp, entropy = policy(micro, config.temperature)  # [b, t] each
                         values = value(micro)  # [b, t] V
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
-                    gap = old_logp - micro.sampler_logp  # [b, t] what rounding does
+                    gap = old_logp - micro.sampler_logp  # [b, t] trainer minus sampler, a matter of rounding
                     weight = gap.exp().clamp(max=config.tis) if config.tis else 1.0  # [b, t]
                     loss, stats = policy_loss(
                         logp, old_logp, micro["advantages"], micro.response_mask, num_tokens,
@@ -213,7 +218,8 @@ def main(config: Config) -> None:
                     loss_v, stats_v = value_loss(
                         values, micro["values"], micro["returns"], micro.response_mask, num_tokens, config.value_clip
                     )
-                    loss = config.value_coef * loss_v + (loss if step > config.value_warmup else 0)
+                    loss = loss if step > config.value_warmup else 0.0  # at first only V learns
+                    loss = config.value_coef * loss_v + loss
                     stats |= stats_v
                     if reference:  # only to be logged
                         stats["kl"] = micro["old_logp"] - micro["ref_logp"]
@@ -222,14 +228,14 @@ def main(config: Config) -> None:
                 sum_gradients(accelerator, parameters)
                 sum_gradients(accelerator, value_parameters)
                 accelerator.clip_grad_norm_(value_parameters, 1.0)  # apart: V's errors do not shorten the policy's step
-                grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0))
+                grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0).item())
                 optimizer.step()  # does nothing where there is no gradient: to the policy, in the warm-up of V
                 optimizer.zero_grad()
         sampler.push(policy)  # pi_old <- pi
         run.lap("seconds_update")  # all since the rollout
 
         # --- log, evaluate, save ---
-        run.log(step, updates, batch, scores, grad_norm=torch.stack(grad_norms).mean().item(), lr=config.lr)
+        run.log(step, updates, batch, scores, grad_norm=torch.tensor(grad_norms).mean().item(), lr=config.lr)
         if step == 1 or run.due(config.eval_every, step):
             run.samples(step, batch, examples, scores, advantage=batch["advantages"])
         if run.due(config.eval_every, step):

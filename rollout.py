@@ -1,4 +1,4 @@
-"""Rollouts: the two samplers that write responses.
+"""Rollouts: the two samplers that generate responses.
 
 Training uses exactly the token ids that were sampled: their text, tokenised again, need not give the same ones.
 """
@@ -35,7 +35,7 @@ def check_sampler(name: str) -> str:
 
 
 def make_sampler(config, policy, tokenizer, stop: list[str], autocast):
-    """The sampler of --sampler, which writes responses with the policy's weights.
+    """The sampler that --sampler names, with the policy's weights.
 
     stop: texts that end a response, besides the end tokens
     autocast: makes the context in which models compute, accelerator.autocast
@@ -105,22 +105,22 @@ class HFSampler:
                 mask = mask.repeat_interleave(n, 0)
                 positions = positions[:, -1:].repeat_interleave(n, 0)  # [b, 1]
                 cache.batch_repeat_interleave(n)
-            ids, logp = choose(logits, temperature, generator)  # [b, 1] each
+            ids, logp = sample_token(logits, temperature, generator)  # [b, 1] each
             tokens = ids[:, 0].tolist()
             token_logps = logp[:, 0].tolist()
-            keep = []  # which of the b go on
-            for j, i in enumerate(alive):
-                responses[i].append(tokens[j])
-                logps[i].append(token_logps[j])
+            still_running = []  # which of the b rows
+            for row, i in enumerate(alive):
+                responses[i].append(tokens[row])
+                logps[i].append(token_logps[row])
                 if self.is_over(responses[i]):
                     finish_reasons[i] = "stop"
                 else:
-                    keep.append(j)
-            if not keep:
+                    still_running.append(row)
+            if not still_running:
                 break
-            if len(keep) < len(alive):
-                alive = [alive[j] for j in keep]
-                rows = torch.tensor(keep, device=self.device)
+            if len(still_running) < len(alive):
+                alive = [alive[row] for row in still_running]
+                rows = torch.tensor(still_running, device=self.device)
                 ids = ids[rows]
                 mask = mask[rows]
                 positions = positions[rows]
@@ -150,7 +150,7 @@ class HFSampler:
         return any(stop in text for stop in self.stop)
 
 
-def choose(logits: torch.Tensor, temperature: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_token(logits: torch.Tensor, temperature: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """A token for each row and its log-prob: [b, V] -> [b, 1] each. Temperature 0 takes the most probable token."""
     if temperature == 0:
         logp = logits.log_softmax(-1)  # [b, V]
@@ -180,7 +180,10 @@ class VLLMSampler:
         self.device = policy.model.device
         self.cuda = self.device.type == "cuda"
         longest = config.max_prompt_tokens + config.max_new_tokens
-        memory = {"gpu_memory_utilization": 0.5} if self.cuda else {"kv_cache_memory_bytes": 2**30}
+        if self.cuda:
+            memory = {"gpu_memory_utilization": 0.5}
+        else:
+            memory = {"kv_cache_memory_bytes": 2**30}
         self.llm = LLM(
             config.model,
             dtype="bfloat16" if self.cuda else "float32",
@@ -196,13 +199,13 @@ class VLLMSampler:
         """Give vLLM the policy's present weights, wake it, and stop if they evidently did not arrive."""
         torch.cuda.empty_cache()  # vLLM cannot wake in memory that torch merely keeps
         self.llm.wake_up(tags=["weights"])  # does nothing where it is awake
-        weights = policy.model.state_dict().items()  # names a tied LM head too, of which vLLM may keep a copy
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        parameters = policy.model.state_dict().items()  # names a tied LM head too, of which vLLM may keep a copy
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": parameters})
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()  # cached keys and values are those of the old weights
         gap = self.gap()
         limit = min(0.3, 0.01 + 10 * self.noise)
-        if not gap <= limit:  # nor is nan
+        if not gap <= limit:  # written so that nan fails too
             raise RuntimeError(
                 f"the pushed weights did not arrive in vLLM: log-probs differ by {gap:.2g} nats per token from the "
                 f"trainer's, at first by {self.noise:.2g}; use --sampler hf, or another vLLM"
@@ -239,8 +242,11 @@ class VLLMSampler:
         for request in requests:
             for output in request.outputs:
                 token_ids = list(output.token_ids)
+                token_logps = []
+                for token, by_id in zip(token_ids, output.logprobs, strict=True):
+                    token_logps.append(by_id[token].logprob)
                 responses.append(token_ids)
-                logps.append([by_id[token].logprob for token, by_id in zip(token_ids, output.logprobs, strict=True)])
+                logps.append(token_logps)
                 finish_reasons.append(output.finish_reason)
         return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device)
 

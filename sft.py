@@ -1,4 +1,4 @@
-"""SFT: supervised fine-tuning on prompt/response pairs, where every recipe of reasoning RL begins.
+"""SFT: supervised fine-tuning on prompt/response pairs, the usual first stage before reinforcement learning.
 
 Minimise the mean negative log-likelihood of the response tokens, the prompt being given:
 
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
     warmup = max(1, config.steps // 20)
 
     def share_of_lr(done: int) -> float:
-        """Of the highest learning rate, after so many steps."""
+        """The fraction of the highest learning rate after `done` steps: the smaller one of warm-up and cosine."""
         cosine = 0.5 * (1 + math.cos(math.pi * done / config.steps))
         return min((done + 1) / warmup, cosine)
 

@@ -18,7 +18,7 @@ class RoomyLayer(DynamicLayer):
         """Add the keys and values of new tokens, [b, heads, new, d] each; returns all there are."""
         start = self.get_seq_length()
         end = start + key_states.shape[2]
-        if start < 128:  # to copy so little is faster
+        if start < 128:  # copying so little is faster
             return super().update(key_states, value_states)
         if self.key_room is None or end > self.key_room.shape[2]:
             self.key_room = self.with_room(self.keys, start // 2)

@@ -1,4 +1,4 @@
-"""What a run saves: checkpoint.pt, with which --resume goes on, and model/, which other programs load."""
+"""What a run saves: checkpoint.pt, from which --resume continues, and model/, which other programs load."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ FORMAT = 2  # of checkpoint.pt; another number cannot be resumed
 
 
 def save_checkpoint(folder: Path, step: int, objects: dict) -> None:
-    """Write the state of these objects after a step. What was there is replaced at once: never a half-written one."""
+    """Write the state of these objects after a step. The old file is replaced atomically: never a half-written one."""
     state = {name: x.state_dict() for name, x in objects.items()}
     torch.save({"format": FORMAT, "step": step, **state}, folder / "checkpoint.tmp")
     (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")

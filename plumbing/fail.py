@@ -13,6 +13,11 @@ class UserError(SystemExit):
         self.code = 2  # SystemExit alone would take the message for the code, and end with status 1
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says in its first line."""
+    return str(error).strip().partition("\n")[0]
+
+
 def fail(message: str) -> NoReturn:
     """End the run. The message goes to standard error, once, however many processes there are."""
     if os.environ.get("RANK", "0") == "0":

@@ -14,7 +14,7 @@ from plumbing.fail import fail
 
 @dataclass
 class RunConfig:
-    """What every script has and no equation names."""
+    """The flags that every script has and no equation mentions."""
 
     model: str = "tiny"  # Hugging Face folder or Hub name of the policy to train
     task: str = "arithmetic"  # arithmetic, arithmetic_words, countdown, gsm8k, math, qa; levels as in arithmetic:3-6
@@ -30,7 +30,7 @@ class RunConfig:
     seed: int = 0  # of prompts, samples and minibatches
     out: str = ""  # folder of the run; empty: runs/<script>-<time>
     resume: str = ""  # folder of an interrupted run to continue exactly
-    track: Literal["", "wandb", "tensorboard", "trackio"] = ""  # also log there
+    track: Literal["", "wandb", "tensorboard", "trackio"] = ""  # also log to this tracker
 
 
 # --- reading the command line ---
@@ -53,15 +53,19 @@ def parse(config_class):
 
 def own_flags_first(config_class) -> None:
     """Put the script's own fields before those of RunConfig, so that --help begins with the objective's flags."""
-    fields = config_class.__dataclass_fields__
-    shared = RunConfig.__dataclass_fields__
-    own = {name: field for name, field in fields.items() if name not in shared}
-    others = {name: field for name, field in fields.items() if name in shared}
-    config_class.__dataclass_fields__ = own | others
+    fields = config_class.__dataclass_fields__  # tyro lists the flags in the order of this dictionary
+    own = {}
+    shared = {}
+    for name, field in fields.items():
+        if name in RunConfig.__dataclass_fields__:
+            shared[name] = field
+        else:
+            own[name] = field
+    config_class.__dataclass_fields__ = own | shared
 
 
 def read_config(config_class, folder: Path):
-    """The configuration of the run in a folder, which is to go on."""
+    """The saved configuration of the run to resume."""
     if not (folder / "checkpoint.pt").exists():
         fail(f"--resume {folder}: no checkpoint.pt is there to go on from; start a new run")
     saved = json.loads((folder / "config.json").read_text())
@@ -82,8 +86,8 @@ def check_config(config, processes: int) -> None:
     """End the run, before any work, at a number that cannot be meant."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        low = least(field, processes)
-        if isinstance(value, int | float) and not value >= low:  # nan is not either
+        low = minimum(field, processes)
+        if isinstance(value, int | float) and not value >= low:  # written so that nan fails too
             fail(f"{flag(field.name)} {value}: it must be at least {low}")
     if not hasattr(config, "minibatches"):
         return
@@ -92,7 +96,7 @@ def check_config(config, processes: int) -> None:
         fail("--prompts-per-step: give every process and every minibatch the same number of responses")
 
 
-def least(field: dataclasses.Field, processes: int) -> float:
+def minimum(field: dataclasses.Field, processes: int) -> float:
     """The smallest number that a field may hold."""
     if field.name == "group_size":
         return 2
@@ -101,12 +105,14 @@ def least(field: dataclasses.Field, processes: int) -> float:
     if field.name in ("eval_prompts", "pairs_per_step"):
         return processes  # every process needs one
     if field.default == 0 or "_every" in field.name:
+        return 0  # 0 turns it off
+    if isinstance(field.default, float):
         return 0
-    return 0 if isinstance(field.default, float) else 1
+    return 1
 
 
 def refuse_changed(config, names: tuple[str, ...], why: str) -> None:
-    """End the run if one of these flags was given, since it would be ignored."""
+    """End the run if one of these flags differs from its default, since it would be ignored."""
     for field in dataclasses.fields(config):
         if field.name in names and getattr(config, field.name) != field.default:
             fail(f"{flag(field.name)} {why}")

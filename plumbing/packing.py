@@ -6,9 +6,9 @@ Two prompts P Q and R S, with responses A B C, D E and F G:
                                   P Q D E
                                   R S F G
 
-The prompt of neighbouring rows stands in the pack once, and the last token of a response, which predicts nothing, not
-at all. Everything in a transformer but attention treats each token by itself, so it runs on the pack. Attention alone
-unpacks the rows: P Q A B, P Q D, R S F, padded on the right, where the causal mask hides the padding.
+A prompt that neighbouring rows share appears once; the last token of a response predicts nothing and is left out.
+Everything in a transformer but attention treats each token by itself, so it runs on the pack. Attention alone unpacks
+the rows: P Q A B, P Q D, R S F, padded on the right, where the causal mask hides the padding.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class Pack:
     tokens: torch.Tensor  # [N]
     positions: torch.Tensor  # [N] of each token in its row
     rows: torch.Tensor  # [B, W] the places in the pack of each row's tokens; 0 where a row has ended
-    places: torch.Tensor  # [N] the places in rows.flatten() of the pack's tokens; of several rows, the first
-    states: list[int]  # the places in the pack whose states predict the response tokens, row after row
+    first_places: torch.Tensor  # [N] where in rows.flatten() each token of the pack stands for the first time
+    predicting_places: list[int]  # the places in the pack whose states predict the response tokens, row after row
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """[1, heads, N, d] -> [B, heads, W, d]"""
@@ -38,7 +38,7 @@ class Pack:
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """[B, W, heads, d] -> [1, N, heads, d]"""
-        return x.flatten(0, 1).index_select(0, self.places)[None]
+        return x.flatten(0, 1).index_select(0, self.first_places)[None]
 
 
 def make_pack(batch: Rollouts) -> Pack:
@@ -52,7 +52,7 @@ def make_pack(batch: Rollouts) -> Pack:
     positions = []
     owners = []  # the first row that each token of the pack belongs to
     rows = []  # for each row, the places of its tokens in the pack
-    states = []
+    predicting_places = []
     for i in range(len(input_ids)):
         p = prompt_lengths[i]
         r = response_lengths[i]
@@ -67,7 +67,7 @@ def make_pack(batch: Rollouts) -> Pack:
         owners += [i] * (r - 1)
         places = prompt_places + response_places
         rows.append(torch.tensor(places))
-        states += places[p - 1 :]  # from the last token of the prompt on
+        predicting_places += places[p - 1 :]  # from the last token of the prompt on
     device = batch.input_ids.device
     rows = pad_sequence(rows, batch_first=True).to(device)  # [B, W]
     positions = torch.tensor(positions, device=device)  # [N]
@@ -76,8 +76,8 @@ def make_pack(batch: Rollouts) -> Pack:
         tokens=torch.tensor(tokens, device=device),
         positions=positions,
         rows=rows,
-        places=owners * rows.shape[1] + positions,
-        states=states,
+        first_places=owners * rows.shape[1] + positions,  # row * W + column; the column of a token is its position
+        predicting_places=predicting_places,
     )
 
 
@@ -92,7 +92,7 @@ def packed_states(body, batch: Rollouts) -> torch.Tensor:
         use_cache=False,
         packing=pack,  # Transformers hands it on to the attention of every layer
     )
-    return output.last_hidden_state[0, pack.states]
+    return output.last_hidden_state[0, pack.predicting_places]
 
 
 def packed_attention(module, query, key, value, attention_mask, packing: Pack | None = None, **kwargs):
@@ -121,7 +121,7 @@ def use_packed_attention(model) -> None:
 
 
 def can_pack(body, batch: Rollouts) -> bool:
-    """Whether packing changes no state: in this model tokens meet in attention only, and in ours."""
+    """Whether packing leaves every state as it is: tokens interact in attention only, and the attention is ours."""
     if not hasattr(body, "packs"):  # asked once per model
         body.packs = body.config._attn_implementation == ATTENTION and packed_equals_alone(body)
     if not body.packs:

@@ -1,8 +1,9 @@
 """One training run: its folder, its loop, what it logs and what it saves.
 
 A run leaves in its folder: config.json; metrics.jsonl, one line per step (step 0: the evaluation before training);
-samples.jsonl, training responses with rewards and advantages; held_out.jsonl, the same held-out questions at every
-evaluation, each with one response token by token; curves.png; checkpoint.pt, for --resume; model/, for others.
+samples.jsonl, training responses with rewards and advantages, where responses are sampled; held_out.jsonl, the same
+held-out questions at every evaluation, each with one response token by token; curves.png; checkpoint.pt, for --resume;
+model/, for others.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -103,7 +105,7 @@ class Run:
             self.bar.write(f"stopping after this step (at once: Ctrl-C again); to go on: --resume {self.folder}")
 
     def due(self, every: int, step: int) -> bool:
-        """Whether what is done every so many steps, and after the last one, is due after this step."""
+        """Whether something done every `every` steps, and after the last step, is due now."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def share(self, items):
@@ -118,8 +120,8 @@ class Run:
 
     def reset_totals(self) -> None:
         self.loss = 0.0  # of all micro-batches
-        self.tokens = 0  # in all micro-batches
-        self.sums = {}  # metric -> its sum over these tokens
+        self.count = 0  # response tokens in all micro-batches; in DPO, pairs
+        self.sums = {}  # metric -> its sum over these
         self.maxima = {}  # metric -> its maximum
         self.seconds = {}  # part of the step -> how long it took
 
@@ -132,16 +134,17 @@ class Run:
     def collect(self, mask: torch.Tensor, loss: torch.Tensor, **per_token: torch.Tensor) -> None:
         """Add a micro-batch: its share of the loss, and [B, T] or [B, 1] tensors to average (*_max: the maximum)."""
         self.loss += loss.detach()
-        self.tokens += mask.sum()
+        self.count += mask.sum()
         for name, x in per_token.items():
             values = x.detach().expand_as(mask)[mask]  # [N] of the response tokens
             if name.endswith("_max"):
-                self.maxima[name] = max(self.maxima.get(name, 0.0), values.max())
+                largest = values.max()
+                self.maxima[name] = torch.maximum(self.maxima.get(name, largest), largest)  # nan stays nan
             else:
                 self.sums[name] = self.sums.get(name, 0.0) + values.sum()
 
     def log(self, step: int, updates: int, batch=None, scores: dict[str, list] | None = None, **metrics) -> None:
-        """Make the metrics of a step, over all processes: of its rollouts, of what was collected, and these.
+        """Assemble the metrics of a step over all processes: of its rollouts, of what was collected, and these.
 
         updates: how many there were, each with a loss; batch, scores: the rollouts, if any, and their named rewards
         """
@@ -161,25 +164,25 @@ class Run:
 
     def collected(self, updates: int) -> dict:
         """The metrics of all micro-batches of a step, in all processes."""
-        mine = {"loss": float(self.loss), "tokens": float(self.tokens), "sums": {}, "maxima": {}}
+        mine = {"loss": float(self.loss), "count": float(self.count), "sums": {}, "maxima": {}}
         for name, x in self.sums.items():
             mine["sums"][name] = float(x)
         for name, x in self.maxima.items():
             mine["maxima"][name] = float(x)
         parts = gather([mine])  # one per process
         loss = sum(part["loss"] for part in parts)
-        tokens = sum(part["tokens"] for part in parts)
-        averages = defaultdict(float)
-        maxima = defaultdict(float)
+        count = sum(part["count"] for part in parts)
+        sums = defaultdict(float)
+        maxima = defaultdict(list)
         for part in parts:
             for name, x in part["sums"].items():
-                averages[name] += x
+                sums[name] += x
             for name, x in part["maxima"].items():
-                maxima[name] = max(maxima[name], x)
-        for name in averages:
-            averages[name] /= tokens
-        found = averages | maxima
-        record = {"loss": loss / updates, "tokens": int(tokens)}
+                maxima[name].append(x)
+        found = {name: x / count for name, x in sums.items()}
+        for name, values in maxima.items():
+            found[name] = float(np.max(values))  # nan stays nan
+        record = {"loss": loss / updates, "tokens": int(count)}
         return record | {name: found[name] for name in sorted(found)}
 
     def show_progress(self) -> None:
@@ -201,8 +204,10 @@ class Run:
         """Add held-out metrics: greedy accuracy, and pass@1 and pass@k from k samples at the training temperature.
 
         rewards: the named rewards that held_out.jsonl has besides accuracy and format
-        per_token: more of what it has, each a function of a batch that gives [B, T] numbers
+        per_token: more numbers in it, each by a function of a batch that returns [B, T]
         """
+        if len(examples) < self.accelerator.num_processes:
+            fail(f"{len(examples)} held-out questions: each of {self.accelerator.num_processes} processes needs one")
         shown = self.share(range(min(SHOWN, len(examples))))  # which questions for held_out.jsonl this process has
         examples = self.share(examples)
         prompts = [example["prompt_ids"] for example in examples]
@@ -227,7 +232,7 @@ class Run:
             return
         for _, record in sorted(records, key=lambda pair: pair[0]):  # in the order of the questions
             self.append("held_out.jsonl", record)
-        names = [f"{name[5:]} {x:.2f}" for name, x in self.record.items() if name.startswith("eval_")]
+        names = [f"{name.removeprefix('eval_')} {x:.2f}" for name, x in self.record.items() if name.startswith("eval_")]
         sample = f"{examples[0]['question']!r} -> {sampled.texts[0]!r}"
         tqdm.write(f"held out, after step {step}: {', '.join(names)}\n    {sample}")
 
@@ -296,4 +301,4 @@ class Run:
         if self.accelerator.num_processes > 1:  # alone, the process group may be vLLM's, which ends it itself
             torch.distributed.destroy_process_group()
         if self.main:
-            print(f"model, metrics, samples and curves are in {self.folder}")
+            print(f"model, metrics and curves are in {self.folder}")

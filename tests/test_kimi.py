@@ -16,7 +16,7 @@ from data import draw, load_task
 from kimi_k15 import (
     Config,
     SuccessRates,
-    choose,
+    draw_questions,
     draw_weighted,
     easy_first,
     group_advantages,
@@ -59,7 +59,7 @@ def test_it_differs_only_in_the_objective_and_in_the_lines_that_flags_and_questi
     assert sorted(training) == ["rates", "reference", "run.start", "run.start"]
     rollout = [line for line in changed("rollout") if not line.startswith("# ---")]  # pi_old is named pi_i
     assert [line.split("(")[0] for line in rollout] == ["questions = run.share"] * 2
-    assert "draw(" in rollout[0] and "choose(" in rollout[1]
+    assert "draw(" in rollout[0] and "draw_questions(" in rollout[1]
 
 
 # --- the surrogate ---
@@ -211,7 +211,7 @@ def test_the_curriculum_leaves_enough_questions_for_a_step():
     examples = [{"question": str(i), "level": 9 - i} for i in range(10)]
     pool = easy_first(examples, 4, 1, 100)
     assert [e["level"] for e in pool] == [0, 1, 2, 3]
-    chosen = choose(examples, SuccessRates(), 4, Config(curriculum=100), 1)
+    chosen = draw_questions(examples, SuccessRates(), Config(curriculum=100, prompts_per_step=4), 1)
     assert sorted(e["level"] for e in chosen) == [0, 1, 2, 3]
 
 
@@ -224,7 +224,9 @@ def test_the_curriculum_refuses_questions_without_a_level():
 # --- prioritised sampling ---
 
 
-PRIORITISED = Config(prioritised=True)
+def prioritised(n: int) -> Config:
+    """The configuration of a run with n questions per step, prioritised."""
+    return Config(prioritised=True, prompts_per_step=n)
 
 
 def rates_of(success: list[float], answers: int = 10) -> tuple[list[dict], SuccessRates]:
@@ -245,7 +247,7 @@ def test_a_question_that_was_never_drawn_has_the_success_rate_0():
 def test_prioritised_frequencies_are_as_1_minus_the_success_rate():
     examples, rates = rates_of([0.0, 0.2, 0.5, 0.9, 1.0, None])
     draws = 6000
-    seen = Counter(choose(examples, rates, 1, PRIORITISED, step)[0]["question"] for step in range(1, draws + 1))
+    seen = Counter(draw_questions(examples, rates, prioritised(1), step)[0]["question"] for step in range(1, draws + 1))
     weights = [1.0, 0.8, 0.5, 0.1, 0.0, 1.0]  # the last one was never seen
     assert seen["q4"] == 0, "what is always right is not drawn"
     expected = [draws * w / sum(weights) for w in weights]
@@ -267,16 +269,20 @@ def test_without_replacement_the_second_draw_is_as_the_weights_that_are_left():
 def test_a_step_never_lacks_questions_and_has_none_twice():
     examples, rates = rates_of([1.0, 1.0, 0.4, 1.0, 1.0])
     for step in range(1, 50):
-        chosen = [e["question"] for e in choose(examples, rates, 3, PRIORITISED, step)]
+        chosen = [e["question"] for e in draw_questions(examples, rates, prioritised(3), step)]
         assert len(set(chosen)) == 3 and chosen[0] == "q2"
-    filled = Counter(e["question"] for step in range(1, 200) for e in choose(examples, rates, 3, PRIORITISED, step))
+    filled = Counter(
+        e["question"] for step in range(1, 200) for e in draw_questions(examples, rates, prioritised(3), step)
+    )
     assert set(filled) == {f"q{i}" for i in range(5)}, "those that fill up are random ones"
 
 
 def test_uniform_sampling_is_draw():
     examples = [{"question": str(i)} for i in range(50)]
     for step in range(1, 10):
-        assert choose(examples, SuccessRates(), 8, Config(seed=3), step) == draw(examples, 8, 3, step)
+        assert draw_questions(examples, SuccessRates(), Config(seed=3, prompts_per_step=8), step) == draw(
+            examples, 8, 3, step
+        )
 
 
 def test_the_success_rates_survive_saving(tmp_path):
@@ -288,7 +294,9 @@ def test_the_success_rates_survive_saving(tmp_path):
         x.record(examples[:1] * 2, [1.0, 0.5])  # half right is not right
     assert rates.counts == other.counts and other.counts["q0"] == [2, 12]
     for step in range(1, 30):
-        assert choose(examples, rates, 2, PRIORITISED, step) == choose(examples, other, 2, PRIORITISED, step)
+        assert draw_questions(examples, rates, prioritised(2), step) == draw_questions(
+            examples, other, prioritised(2), step
+        )
 
 
 # --- the script ---

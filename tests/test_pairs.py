@@ -152,7 +152,7 @@ def test_chosen_pairs_are_rows_of_their_own_group(tiny):
         seen.append((right, lengths))
         return [(right.index(True), 0), (right.index(True), right.index(False, 1))]
 
-    chosen = pairs.choose_pairs(batch, questions, 3, choose)
+    chosen = pairs.pairs_of_batch(batch, questions, 3, choose)
     assert seen == [([False, True, False], [1, 1, 1]), ([False, False, True], [1, 2, 3])]
     texts = [(one["prompt"], one["prompt_ids"], one["chosen"], one["rejected"]) for one in chosen]
     assert texts == [

@@ -14,8 +14,8 @@ from data import draw, load_task
 MIXTURE = {
     "think": 0.22,  # adds up step by step: always right
     "guess": 0.60,  # answers at once: mostly wrong
-    "broken": 0.08,  # adds up rightly but spoils the format: no reward
-    "ramble": 0.10,  # adds up rightly, then goes on far too long, and answers only half of the time
+    "broken": 0.08,  # adds up correctly but spoils the format: no reward
+    "ramble": 0.10,  # adds up correctly, then goes on far too long, and answers only half of the time
 }
 
 
@@ -32,9 +32,10 @@ def demonstrations(n: int = 20000, seed: int = 0) -> list[dict]:
 
 def demonstrate(example: dict, kind: str, rng: random.Random) -> str:
     """One response of the given kind to "3+5+9="."""
-    total, *digits = [int(digit) for digit in example["question"].rstrip("=").split("+")]
+    digits = [int(digit) for digit in example["question"].rstrip("=").split("+")]
+    total = digits[0]
     sums = []
-    for digit in digits:
+    for digit in digits[1:]:
         sums.append(f"{total}+{digit}={total + digit}")
         total += digit
     reasoning = ",".join(sums)  # 3+5=8,8+9=17
@@ -56,7 +57,7 @@ def demonstrate(example: dict, kind: str, rng: random.Random) -> str:
 
 def new_model(seed: int):
     """(model, tokenizer): a Llama of 0.34 M parameters and a tokenizer of single characters and the four tags."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # here, since --help would wait seconds for it
+    from transformers import LlamaConfig, LlamaForCausalLM  # imported here: --help does not wait seconds for it
 
     tokenizer = new_tokenizer()
     config = LlamaConfig(
@@ -82,7 +83,8 @@ def new_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     tags = ["<think>", "</think>", "<answer>", "</answer>"]
-    tokens = ["<pad>", "<eos>", "<unk>", *tags, "\n", *sorted(string.printable[:95])]
+    characters = string.digits + string.ascii_letters + string.punctuation + " "
+    tokens = ["<pad>", "<eos>", "<unk>", *tags, "\n", *sorted(characters)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
