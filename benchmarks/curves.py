@@ -28,7 +28,6 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.llama import save_random_llama  # noqa: E402
 from plot import COLOURS  # noqa: E402
 from plumbing.fail import fail  # noqa: E402
 
@@ -209,6 +208,8 @@ def costs() -> None:
 def random_model(folder: Path) -> None:
     """A model of 34 M parameters with weights of no use, at which memory does not look, and pairs for dpo.py."""
     from transformers import AutoTokenizer
+
+    from benchmarks.llama import save_random_llama
 
     save_random_llama(
         folder,

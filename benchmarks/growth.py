@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.llama import save_random_llama  # noqa: E402
 from plumbing.fail import fail  # noqa: E402
 
 CSV = ROOT / "benchmarks" / "growth.csv"
@@ -47,6 +46,7 @@ def measure(group_size: int, response_tokens: int, hidden_size: int) -> dict:
     from transformers import AutoTokenizer
 
     import grpo
+    from benchmarks.llama import save_random_llama
     from rewards import REWARDS
 
     torch.set_num_threads(1)
