@@ -60,7 +60,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """
     r = rewards.view(-1, group_size)  # [P, G]
     r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
-    others = (r.sum(dim=1, keepdim=True) - r) / (group_size - 1)  # [P, G] leave one out
+    mean = r.mean(dim=1, keepdim=True)  # [P, 1]
+    others = (group_size * mean - r) / (group_size - 1)  # [P, G] the mean of the others: leave one out
     return (r - others).flatten()  # [B]
 
 
@@ -154,7 +155,8 @@ def main(config: Config) -> None:
                         config.clip_low, config.clip_high,
                         weight,
                     )  # fmt: skip
-                    stats |= {"kl": micro["old_logp"] - micro["ref_logp"]} if reference else {}  # only to be logged
+                    if reference:  # only to be logged
+                        stats["kl"] = micro["old_logp"] - micro["ref_logp"]
                     accelerator.backward(loss)
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
