@@ -155,8 +155,7 @@ def main(config: Config) -> None:
                         config.clip_low, config.clip_high,
                         weight,
                     )  # fmt: skip
-                    if reference:  # only to be logged
-                        stats["kl"] = micro["old_logp"] - micro["ref_logp"]
+                    stats |= {"kl": micro["old_logp"] - micro["ref_logp"]} if reference else {}  # only to be logged
                     accelerator.backward(loss)
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
