@@ -19,7 +19,7 @@ class Rollouts:
     response_mask: torch.Tensor  # [B, T] True on response tokens, the end token included
     sampler_logp: torch.Tensor  # [B, T] log-probs under the distribution that was sampled; 0 off the mask
     prompt_index: torch.Tensor  # [B] which prompt a row belongs to
-    texts: list[str]  # B responses, decoded without special tokens
+    texts: list[str]  # B responses, decoded without end and padding tokens
     finish_reasons: list[str]  # B times "stop" (end token or stop string) or "length" (cut by the limit)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # "row" [B]; what objectives add, [B] or [B, T]
 
@@ -123,11 +123,13 @@ def collate(
     finish_reasons: list[str],
     tokenizer,
     device,
+    ends: set[int] = frozenset(),
 ) -> Rollouts:
     """The batch of P prompts and B = P * G responses in prompt order, all as token ids.
 
     logps: the log-prob of each response token under the distribution that was sampled
     finish_reasons: "stop" or "length" for each response
+    ends: the tokens that end a response, which are no part of its text
     """
     group_size = len(responses) // len(prompts)
     prompt_index = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # [B]
@@ -141,8 +143,18 @@ def collate(
         response_mask=response_mask,
         sampler_logp=right_pad(logps, 0.0, device),  # [B, T]
         prompt_index=prompt_index,
-        texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
+        texts=[response_text(response, tokenizer, ends) for response in responses],
         finish_reasons=finish_reasons,
     )
     batch["row"] = torch.arange(len(responses), device=device)  # [B] of a part: the row numbers in the whole batch
     return batch
+
+
+def response_text(ids: list[int], tokenizer, ends: set[int]) -> str:
+    """The text of a response, which is what rewards see: all tokens but those that end or pad it.
+
+    Other special tokens stay: in some models <think> or <answer> is one.
+    """
+    hidden = {tokenizer.eos_token_id, tokenizer.pad_token_id, *ends}
+    kept = [token for token in ids if token not in hidden]
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -3,8 +3,10 @@
 An example is a dict:
     question   the question, as text
     answer     the reference answer, as text (countdown: one expression that reaches the target)
-    verifier   how a response is checked: "number", "math" or "countdown"
+    verifier   how a response is checked: "number", "math", "text" or "countdown"
     level      procedural tasks only: how many numbers the question has
+    tags       True where only an answer between <answer> and </answer> counts
+    opened     True where the prompt ends with <think>, so that the response begins inside the thinking
     numbers, target    countdown only
     solution   only for answers in the style of GSM8K: the full text, of which the answer is what follows ####
 """
@@ -13,7 +15,10 @@ import json
 import math
 import random
 import re
+import tempfile
+import unicodedata
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from plumbing.fail import fail, first_line
@@ -34,7 +39,7 @@ COLUMNS = {
     "question": ("question", "problem", "prompt"),
     "answer": ("answer", "solution", "response"),
     "prompt": ("prompt", "question", "problem"),
-    "response": ("response", "completion", "solution", "answer"),
+    "response": ("response", "completion", "chosen", "solution", "answer"),  # names that users' files have
     "chosen": ("chosen",),
     "rejected": ("rejected",),
 }
@@ -114,7 +119,10 @@ def arithmetic_pool(level: int, in_words: bool) -> list[dict]:
             question = WORDS.format(" + ".join(map(str, digits)))
         else:
             question = "+".join(map(str, digits)) + "="
-        pool.append({"question": question, "answer": str(sum(digits)), "verifier": "number", "level": level})
+        example = {"question": question, "answer": str(sum(digits)), "verifier": "number", "level": level}
+        if not in_words:
+            example["tags"] = True  # the tiny model's task: to keep the format is a part of it
+        pool.append(example)
     return pool
 
 
@@ -180,6 +188,8 @@ def source_task(name: str, data: tuple[str, ...]) -> Task:
     held_out = by_question(test_rows, name)
     train = [example for key, example in by_question(train_rows, name).items() if key not in held_out]
     test = list(held_out.values())
+    warn_about_answers(train + test)
+    warn_about_columns(train_rows + test_rows)
     repeats = len(train_rows) + len(test_rows) - len(train) - len(test)
     if repeats:
         print(f"data: {repeats} repeated questions were left out")
@@ -203,7 +213,12 @@ def by_question(rows: list[tuple[str, dict]], task: str) -> dict[str, dict]:
 
 
 def read_source(source: str) -> tuple[list[tuple[str, dict]], list[tuple[str, dict]]]:
-    """The train and the test rows of a Hub data set or of a JSONL file (no test rows), each as (place, row)."""
+    """The train and the test rows of a Hub data set or of a file (no test rows), each as (place, row).
+
+    A file is JSONL unless its name ends in .csv or .parquet.
+    """
+    if source.endswith((".csv", ".parquet")):
+        return read_table(source), []
     if source.endswith((".jsonl", ".json")) or Path(source).exists():
         return read_rows(source), []
     name, _, config = source.partition(":")
@@ -221,6 +236,24 @@ def read_source(source: str) -> tuple[list[tuple[str, dict]], list[tuple[str, di
     if not train and not test:
         fail(f"{source} has neither a train nor a test split; name another data set or file with --data")
     return train, test
+
+
+def read_table(path: str) -> list[tuple[str, dict]]:
+    """The rows of a CSV or Parquet file, each with its "file, row number"."""
+    from datasets import Dataset
+
+    if not Path(path).is_file():
+        fail(f"cannot read {path}: there is no such file; check the path")
+    with tempfile.TemporaryDirectory() as cache:  # not the one of the user: an edited file must be read anew
+        flags = {"cache_dir": cache, "keep_in_memory": True}
+        try:
+            if path.endswith(".csv"):
+                table = Dataset.from_csv(path, keep_default_na=False, **flags)  # "None" and "NA" are words
+            else:
+                table = Dataset.from_parquet(path, **flags)
+        except Exception as error:  # of many types, by another library
+            fail(f"cannot read {path} ({type(error).__name__}): {first_line(error)}")
+    return [(f"{path}, row {number}", row) for number, row in enumerate(table.to_list(), start=1)]
 
 
 def rows_of_split(splits: dict, split: str, source: str) -> list[tuple[str, dict]]:
@@ -266,30 +299,92 @@ def pick_fields(row: dict, fields: tuple[str, ...], where: str) -> dict:
             fail(f'{where}: no "{name}"; accepted names: {", ".join(COLUMNS[name])}')
         column = present[0]
         value = row[column]
-        if type(value) in (int, float):  # not bool
-            value = str(value)
+        if type(value) in (int, float) and math.isfinite(value):  # type: a bool is no number here
+            value = number_text(value)
         if not isinstance(value, str) or not value.strip():
             fail(f'{where}: "{column}" must be non-empty text or a number, not {value!r:.40}')
         picked[name] = value
     return picked
 
 
+def number_text(value: int | float) -> str:
+    """A number exactly as it is, without an exponent: 0.00001 for 1e-5."""
+    return format(Decimal(repr(value)), "f")
+
+
+# A sign and a currency, then digits with commas between groups of three or without, then a fraction, a currency, a dot.
+NUMBER = re.compile(
+    r"""(?P<sign>[-−–+]?) [$€£]?
+        (?P<digits>\d{1,3}(?:,\d{3})+ | \d+ | (?=\.\d))
+        (?P<fraction>(?:\.\d+)?)
+        \s? [$€£]? \.?""",
+    re.ASCII | re.VERBOSE,
+)
+
+
 def to_example(row: dict, task: str, where: str) -> dict:
-    """Turn a row of a data set into an example. Plain numbers are compared as numbers, except in `math`."""
+    """Turn a row of a data set into an example.
+
+    Except in `math`, plain numbers are compared as numbers and words as words.
+    """
     fields = pick_fields(row, ("question", "answer"), where)
     answer = fields["answer"].rpartition("####")[2].strip()  # GSM8K: a worked solution, then #### and the result
     if not answer:
         fail(f"{where}: the answer has nothing after ####; fill it in or delete the line")
     verifier = "math"
-    # 1,250 and $40 are numbers; 1,2 is a list of two.
-    is_number = re.fullmatch(r"[-+]?\$?(\d{1,3}(,\d{3})+|\d+|(?=\.))(\.\d+)?", answer, re.ASCII)
-    if is_number and task != "math":
+    number = NUMBER.fullmatch(unicodedata.normalize("NFKC", answer))  # NFKC: full-width digits become plain ones
+    if task != "math" and number:
         verifier = "number"
-        answer = answer.replace(",", "").replace("$", "")
+        sign = re.sub("[−–]", "-", number["sign"])
+        answer = sign + number["digits"].replace(",", "") + number["fraction"]
+    elif task != "math" and is_words(answer):
+        verifier = "text"
     example = {"question": fields["question"].strip(), "answer": answer, "verifier": verifier}
     if "####" in fields["answer"]:
         example["solution"] = fields["answer"]
     return example
+
+
+def is_words(answer: str) -> bool:
+    """Whether an answer is letters, spaces and the punctuation of plain text, with neither digits nor symbols."""
+    return all(c.isalpha() or c in " .,;:!?'’-" for c in answer)
+
+
+def warn_about_answers(examples: list[dict]) -> None:
+    """Say how many reference answers a response can hardly match, and of how many only a part counts."""
+    unclear = []
+    several_boxes = 0
+    for example in examples:
+        if example["verifier"] not in ("math", "text"):
+            continue
+        answer = example["answer"]
+        if "\\boxed" in answer:  # a solution, of which the box is the answer
+            if answer.count("\\boxed") > 1:
+                several_boxes += 1
+            continue
+        without_commands = re.sub(r"\\text\w*\{[^}]*\}|\\[A-Za-z]+", "", answer)
+        has_words = re.search(r"[^\W\d_]{3,}", without_commands) and not is_words(answer)
+        ambiguous = re.fullmatch(r"\d{1,3}(\.\d{3})+,\d+", answer)  # 1.000,50
+        too_long = len(answer) > 200
+        if has_words or ambiguous or too_long:
+            unclear.append(answer)
+    if several_boxes:
+        print(f"data: {several_boxes} solutions have several boxes; the last one counts as the answer")
+    if unclear:
+        print(
+            f"data: {len(unclear)} answers are neither a number nor a formula nor plain words, such as "
+            f"{unclear[0]!r:.60}; a response can hardly match them"
+        )
+
+
+def warn_about_columns(rows: list[tuple[str, dict]]) -> None:
+    """Say which columns that often belong to a question are not read."""
+    unread = []
+    for column in ("choices", "options", "context", "passage"):
+        if any(column in row for _, row in rows):
+            unread.append(column)
+    if unread:
+        print(f"data: the columns {', '.join(unread)} are not read; write what the model needs into the question")
 
 
 # --- prompts ---
@@ -332,7 +427,16 @@ def render_prompt(example: dict, tokenizer, template: str) -> str:
         if system:
             messages.append({"role": "system", "content": system})
         messages.append({"role": "user", "content": question})
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # of Jinja, with whatever text the template's author wrote
+            if not system:
+                fail(f"--template chat: the template refuses the question {question!r:.40}: {first_line(error)}")
+            prompt = ""
+        if system.strip() in prompt:
+            return prompt
+        without_system = {"question": f"{system}\n\n{question}"}  # some templates refuse a system role, or drop it
+        return render_prompt(without_system, tokenizer, template)
     if system:
         question = f"{system}\n\n{question}"
     if template == "r1":
@@ -341,17 +445,37 @@ def render_prompt(example: dict, tokenizer, template: str) -> str:
 
 
 def encode_prompt(example: dict, tokenizer, template: str) -> list[int]:
-    """The prompt as token ids."""
+    """The prompt as token ids. All scripts encode a prompt here, so that all see the same one."""
     # A chat template writes the special tokens itself; if the tokenizer added its own, <bos> would appear twice.
     add_special_tokens = resolve_template(tokenizer, template) != "chat"
-    return tokenizer.encode(render_prompt(example, tokenizer, template), add_special_tokens=add_special_tokens)
+    text = render_prompt(example, tokenizer, template)
+    ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if add_special_tokens and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # some tokenizers end every text; a prompt is not over
+    return ids
+
+
+def answer_form(example: dict, tokenizer, template: str) -> dict[str, bool]:
+    """Whether only an answer in tags counts, and whether the prompt has opened the thinking already."""
+    kind = resolve_template(tokenizer, template)
+    asked_for = kind == "r1"
+    part_of_task = example.get("tags", False) and kind != "chat"
+    opened = render_prompt(example, tokenizer, template).rstrip().endswith("<think>")
+    return {"tags": asked_for or part_of_task, "opened": opened}
 
 
 def encode_prompts(
     examples: list[dict], tokenizer, template: str, max_prompt_tokens: int, split: str = "training"
 ) -> list[dict]:
-    """Copies of the examples with "prompt_ids" added, without those whose prompt is too long (and says how many)."""
-    encoded = [example | {"prompt_ids": encode_prompt(example, tokenizer, template)} for example in examples]
+    """Copies of the examples with "prompt_ids", "tags" and "opened", as the template has it.
+
+    Left out: examples whose prompt is too long (and says how many).
+    """
+    encoded = []
+    for example in examples:
+        ids = encode_prompt(example, tokenizer, template)
+        encoded.append(example | {"prompt_ids": ids} | answer_form(example, tokenizer, template))
+    warn_about_control_tokens([example["question"] for example in examples], tokenizer, f"{split} questions")
     kept = [example for example in encoded if len(example["prompt_ids"]) <= max_prompt_tokens]
     if not kept:
         fail(f"all {split} prompts are longer than --max-prompt-tokens {max_prompt_tokens}; raise it")
@@ -362,6 +486,33 @@ def encode_prompts(
             f"--max-prompt-tokens {max_prompt_tokens} and were left out"
         )
     return kept
+
+
+def warn_about_control_tokens(texts: list[str], tokenizer, what: str) -> None:
+    """Say how many texts spell a special token: the model reads it as that token, not as text."""
+    special = []
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content.strip() and not re.fullmatch("</?(think|answer)>", token.content):
+            special.append(token.content)
+    found = []
+    for text in texts:
+        found += [token for token in special if token in text][:1]
+    if found:
+        print(
+            f"data: {len(found)} {what} spell a special token, such as {found[0]!r}; the model reads the token itself"
+        )
+
+
+def check_positions(longest: int, positions: int | None, flag: str) -> None:
+    """End the run if the longest prompt with its response has more tokens than the model has positions.
+
+    flag: the one that limits the responses
+    """
+    if positions is not None and longest > positions:
+        fail(
+            f"prompt and response have up to {longest} tokens together, and the model has {positions} positions; "
+            f"lower --max-prompt-tokens or {flag}"
+        )
 
 
 def describe(task: Task, tokenizer, template: str) -> str:
@@ -379,16 +530,27 @@ def describe(task: Task, tokenizer, template: str) -> str:
         tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
         f"---- its answer: {example['answer']} ----",
     ]
+    form = answer_form(example, tokenizer, template)
+    if form["tags"]:
+        lines.append("an answer counts only between <answer> and </answer>")
+    if form["opened"]:
+        lines.append("the prompt opens <think>: an answer counts only after </think>")
     return "\n".join(lines)
 
 
-def load_prompts(config, tokenizer) -> tuple[list[dict], list[dict]]:
-    """The training examples and the first --eval-prompts held-out ones of a run, with their "prompt_ids"."""
+def load_prompts(config, tokenizer, positions: int | None) -> tuple[list[dict], list[dict]]:
+    """The training examples and the first --eval-prompts held-out ones of a run, with their "prompt_ids".
+
+    positions: the most tokens that the model takes; None without a limit
+    """
     task = load_task(config.task, config.data)
     print(describe(task, tokenizer, config.template))
     train = encode_prompts(task.train, tokenizer, config.template, config.max_prompt_tokens, "training")
     held_out = task.test[: config.eval_prompts]
-    return train, encode_prompts(held_out, tokenizer, config.template, config.max_prompt_tokens, "held-out")
+    held_out = encode_prompts(held_out, tokenizer, config.template, config.max_prompt_tokens, "held-out")
+    longest_prompt = max(len(example["prompt_ids"]) for example in train + held_out)
+    check_positions(longest_prompt + config.max_new_tokens, positions, "--max-new-tokens")
+    return train, held_out
 
 
 # --- which questions a step sees ---

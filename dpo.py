@@ -170,9 +170,9 @@ def main(config: Config) -> None:
     test = []
     sampler = None
     if config.data:
-        train, held_out = load_pairs(config, tokenizer)
+        train, held_out = load_pairs(config, tokenizer, policy.positions)
     else:
-        questions, test = load_prompts(config, tokenizer)
+        questions, test = load_prompts(config, tokenizer, policy.positions)
         stop = stop_strings(tokenizer, config.template)
         sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
         if config.resume:  # sampled again, they might differ
@@ -193,7 +193,7 @@ def main(config: Config) -> None:
     if reference:
         with accelerator.autocast():
             held_out["ref_logp"] = batch_logprobs(reference, held_out, config.temperature, config.tokens_per_microbatch)
-    run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume: as they were saved
+    run.start(tokenizer, train, policy=policy, optimizer=optimizer)  # with --resume: as saved
 
     def pair_loss(logp, ref_logp, mask, num_pairs):
         """The loss of --objective, with its own beta where none is given."""

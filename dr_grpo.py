@@ -117,10 +117,10 @@ def main(config: Config) -> None:
     reference = policy.reference() if config.beta else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    train, test = load_prompts(config, tokenizer)
+    train, test = load_prompts(config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
-    run.start(tokenizer, policy=policy, optimizer=optimizer)  # with --resume: as they were saved
+    run.start(tokenizer, train, policy=policy, optimizer=optimizer)  # with --resume: as saved
     sampler.push(policy)
     responses_per_update = config.prompts_per_step * config.group_size // config.minibatches
     updates = config.epochs * config.minibatches

@@ -5,10 +5,12 @@ import copy
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from batch import Rollouts
+from batch import Rollouts, collate
 from plumbing.fail import fail, first_line
+from plumbing.model_checks import check_folder, check_model, check_tokenizer, check_vocabulary, positions
 from plumbing.packing import can_pack, packed_states, use_packed_attention
 
+PROBE = torch.tensor([[1, 2, 3]])  # any tokens do, to compare two ways of computing the same
 LOGITS_AT_ONCE = 2**25  # the most logits in memory at once: 128 MiB in float32, whatever B, T and the vocabulary
 
 
@@ -33,6 +35,11 @@ class Policy(torch.nn.Module):
         """Log-probs and entropies of the response tokens, [B, T] each: see token_logprobs."""
         return token_logprobs(self.model, batch, temperature)
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that prompt and response may have together; None without a limit."""
+        return positions(self.model)
+
     def reference(self) -> "Policy":
         """A frozen copy of the policy as it is now: called before training, pi_ref."""
         reference = Policy(copy.deepcopy(self.model))
@@ -53,27 +60,56 @@ def load_model(path: str, device: torch.device):
     from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: --help does not wait seconds for it
 
     quieten_transformers()
+    check_folder("--model", path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        fail(f"--model {path} cannot be loaded, neither as a folder nor from the Hub: {first_line(error)}")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # of many types: no such model, no network, an unknown architecture, a broken file
+        fail(f"--model {path} cannot be loaded ({type(error).__name__}): {first_line(error)}")
+    missing = sorted(report["missing_keys"])
+    if missing:  # Transformers would make them up
+        fail(f"--model {path}: {len(missing)} of its weights are not in its files, such as {missing[0]}")
+    check_model("--model", path, model)
+    check_tokenizer("--model", path, tokenizer, model)
     model.to(device)
     model.eval()
-    if not logits_are_head_of_states(model, tokenizer.eos_token_id):
+    try:  # with a few tokens
+        head_is_last = logits_are_head_of_states(model)
+        padding_is_ignored = head_is_last and padding_changes_nothing(model, tokenizer)
+    except Exception as error:  # of many types: each architecture has its own ways
+        fail(f"--model {path} does not work here ({type(error).__name__}): {first_line(error)}")
+    if not head_is_last:
         fail(f"--model {path}: it changes its logits after the LM head, which is not supported here")
+    if not padding_is_ignored:
+        fail(f"--model {path}: padding changes its log-probs, so a batch of responses would get wrong ones")
     return model, tokenizer
 
 
 @torch.no_grad()
-def logits_are_head_of_states(model, token: int) -> bool:
+def logits_are_head_of_states(model) -> bool:
     """Whether the LM head on the states of the body gives the logits: token_logprobs applies it by itself."""
-    ids = torch.tensor([[token, token]], device=model.device)
+    ids = PROBE.to(model.device)
     states = model.base_model(ids).last_hidden_state
     by_head = model.get_output_embeddings()(states)
     return torch.allclose(by_head, model(ids).logits, atol=1e-3)
+
+
+@torch.no_grad()
+def padding_changes_nothing(model, tokenizer) -> bool:
+    """Whether the log-probs of a padded batch are those of its rows alone."""
+    prompts = [[1, 2, 3, 4, 5], [6]]
+    responses = [[7], [8, 9, 1]]
+    batch = collate(prompts, responses, [[0.0], [0.0] * 3], ["stop"] * 2, tokenizer, model.device)
+    logp, _ = token_logprobs(model, batch, 1.0)  # [2, 3]
+    for i, response in enumerate(responses):
+        ids = torch.tensor([prompts[i] + response], device=model.device)
+        log_p = model(ids).logits[0, :-1].float().log_softmax(-1)
+        alone = log_p.gather(1, ids[0, 1:, None])[-len(response) :, 0]  # of the response tokens
+        if not torch.allclose(logp[i, : len(response)], alone, atol=1e-2):
+            return False
+    return True
 
 
 def quieten_transformers() -> None:
@@ -177,23 +213,30 @@ class Value(torch.nn.Module):
         return on_mask(V.float(), batch.response_mask)
 
 
-def load_value(path: str, device: torch.device) -> Value:
+def load_value(path: str, device: torch.device, tokenizer=None) -> Value:
     """The value network that starts from a language model, or from a reward model together with its head.
 
     The body is that of the class that the folder's config.json names, and the head is the linear layer beside it that
     has one output, whatever its name.
+    tokenizer: the policy's, whose tokens the value network reads; a model with another vocabulary is refused
     """
     import transformers
 
     quieten_transformers()
+    check_folder("--value-model", path)
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         name = config.architectures[0] if config.architectures else "AutoModelForCausalLM"
         if not hasattr(transformers, name):
             fail(f"--value-model {path}: its config.json names the class {name}, which Transformers does not have")
-        model = getattr(transformers, name).from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        fail(f"--value-model {path} cannot be loaded: {first_line(error)}")
+        model = getattr(transformers, name).from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+    except Exception as error:  # of many types, as in load_model
+        fail(f"--value-model {path} cannot be loaded ({type(error).__name__}): {first_line(error)}")
+    check_model("--value-model", path, model)
+    if tokenizer is not None:
+        check_vocabulary("--value-model", path, model, tokenizer)
     model.eval()
     head = scalar_head(model)
     if head is None and model.get_output_embeddings() is None:
@@ -212,9 +255,6 @@ def scalar_head(model) -> torch.nn.Linear | None:
         if isinstance(module, torch.nn.Linear) and module.out_features == 1 and module not in body:
             return module
     return None
-
-
-PROBE = torch.tensor([[1, 2, 3]])  # any tokens do, to compare two ways of computing the same
 
 
 @torch.no_grad()

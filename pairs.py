@@ -10,7 +10,19 @@ import math
 from tqdm import tqdm
 
 from batch import Rollouts, collate
-from data import SPLIT_SEED, TEST_SIZE, draw, encode_prompts, pick_fields, read_rows, read_source
+from data import (
+    COLUMNS,
+    SPLIT_SEED,
+    TEST_SIZE,
+    check_positions,
+    draw,
+    encode_prompts,
+    pick_fields,
+    read_source,
+    render_prompt,
+    resolve_template,
+    warn_about_control_tokens,
+)
 from plumbing.fail import fail
 from rewards import score
 
@@ -20,12 +32,13 @@ RESPONSES = ("chosen", "rejected")
 # --- preference pairs from a file or from the Hub ---
 
 
-def load_pairs(config, tokenizer) -> tuple[list[dict], list[dict]]:
+def load_pairs(config, tokenizer, positions: int | None) -> tuple[list[dict], list[dict]]:
     """The training pairs and the first --eval-prompts held-out ones of --data.
 
     The tokenizer's end token ends a response, also where a chat template ends its turns with another one. What is
     longer than --max-new-tokens is cut, and has no end. Left out: prompts longer than --max-prompt-tokens; pairs of two
     equal responses. No held-out prompt is trained on.
+    positions: the most tokens that the model takes; None without a limit
     """
     if len(config.data) > 2:
         fail("--data takes one source of pairs, or two: TRAIN.jsonl HELD_OUT.jsonl")
@@ -38,7 +51,14 @@ def load_pairs(config, tokenizer) -> tuple[list[dict], list[dict]]:
         fail(f"{config.data[0]}: no pair is left to train on; --data needs pairs of two different prompts")
     train = encode_preferences(train, tokenizer, config, "training")
     held_out = encode_preferences(test[: config.eval_prompts], tokenizer, config, "held-out")
+    longest = max(max(tokens_together(pair, "chosen"), tokens_together(pair, "rejected")) for pair in train + held_out)
+    check_positions(longest, positions, "--max-new-tokens")
     return train, held_out
+
+
+def tokens_together(pair: dict, response: str) -> int:
+    """How many tokens its prompt and this response of a pair have."""
+    return len(pair["prompt_ids"]) + len(pair[f"{response}_ids"])
 
 
 def read_preferences(source: str) -> tuple[list[dict], list[dict]]:
@@ -48,40 +68,67 @@ def read_preferences(source: str) -> tuple[list[dict], list[dict]]:
 
 
 def preferences(rows: list[tuple[str, dict]], source: str) -> list[dict]:
-    """The pairs in these rows: question, system, chosen, rejected.
-
-    A conversation, a list of {"role", "content"} as in many sets on the Hub, stands for its last message, after which
-    the system message and the user's are the prompt; pairs with more turns are left out.
-    """
+    """The pairs in these rows: prompt, chosen, rejected; question and system, as an example of data.py has them."""
     pairs = []
-    left_out = 0
+    for where, row in as_text(rows, RESPONSES, source):
+        pair = pick_fields(row, ("prompt", "chosen", "rejected"), where)
+        pairs.append(pair | question_and_system(pair, row, where))
+    return pairs
+
+
+def question_and_system(pair: dict, row: dict, where: str) -> dict:
+    """What an example of data.py has, of a pair that was read from a row."""
+    system = row.get("system") or ""
+    if not isinstance(system, str):
+        fail(f'{where}: "system" must be text, not {system!r:.40}')
+    return {"question": pair["prompt"], "system": system}
+
+
+def as_text(rows: list[tuple[str, dict]], responses: tuple[str, ...], source: str) -> list[tuple[str, dict]]:
+    """Copies of the rows with text in place of conversations, lists of {"role", "content"} as in many sets on the Hub.
+
+    A conversation in one of the columns `responses` stands for its last message, which must be the assistant's; the
+    system message and the user's before it are the prompt. Left out and counted: conversations of several turns, and
+    rows whose conversations differ before their last message.
+    """
+    texts = []
+    several_turns = 0
+    part_early = 0
     for where, row in rows:
         row = dict(row)
-        before = []  # the messages before the response
-        if is_conversation(row.get("chosen"), where):
-            before = row["chosen"][:-1]
-            row["chosen"] = row["chosen"][-1]["content"]
-        if is_conversation(row.get("rejected"), where):
-            row["rejected"] = row["rejected"][-1]["content"]
+        before = []  # the messages before a response, for each that is a conversation
+        last_roles = set()
+        for column in responses:
+            if is_conversation(row.get(column), where):
+                *messages, last = row[column]
+                before.append(messages)
+                last_roles.add(last["role"])
+                row[column] = last["content"]
         if is_conversation(row.get("prompt"), where):
-            before = row["prompt"]
-            row["prompt"] = row["prompt"][-1]["content"]
-        turns = [message["content"] for message in before if message["role"] != "system"]
-        if len(turns) > 1:
-            left_out += 1
+            prompt = row.pop("prompt")
+            before = [messages for messages in before if messages] + [prompt]  # those may be the response only
+        if last_roles - {"assistant"} or any(messages != before[0] for messages in before):
+            part_early += 1
             continue
+        messages = before[0] if before else []
+        turns = [message for message in messages if message["role"] != "system"]
+        if len(turns) > 1 or turns and turns[0]["role"] == "assistant":
+            several_turns += 1
+            continue
+        systems = [message["content"] for message in messages if message["role"] == "system"]
         if turns:
-            row["prompt"] = turns[0]
-        pair = pick_fields(row, ("prompt", "chosen", "rejected"), where)
-        pair["question"] = pair["prompt"]
-        systems = [message["content"] for message in before if message["role"] == "system"]
-        pair["system"] = row.get("system") or "".join(systems)
-        if not isinstance(pair["system"], str):
-            fail(f'{where}: "system" must be text, not {pair["system"]!r:.40}')
-        pairs.append(pair)
-    if left_out:
-        print(f"data: {left_out} pairs of {source} are conversations of several turns and were left out")
-    return pairs
+            row["prompt"] = turns[0]["content"]
+        if systems:
+            row["system"] = "\n\n".join(systems)
+        texts.append((where, row))
+    if several_turns:
+        print(f"data: {several_turns} rows of {source} are conversations of several turns and were left out")
+    if part_early:
+        print(
+            f"data: {part_early} rows of {source} were left out: their conversations differ before the last message, "
+            "or do not end with the assistant's"
+        )
+    return texts
 
 
 def is_conversation(value, where: str) -> bool:
@@ -125,9 +172,10 @@ def encode_preferences(pairs: list[dict], tokenizer, config, split: str) -> list
     cut = 0
     kept = []
     encoded = encode_prompts(pairs, tokenizer, config.template, config.max_prompt_tokens, split)
+    warn_about_responses([pair[name] for pair in encoded for name in RESPONSES], tokenizer, split)
     for pair in encoded:
         for name in RESPONSES:
-            ids = tokenizer.encode(pair[name], add_special_tokens=False) + [tokenizer.eos_token_id]
+            ids = encode_response(pair, pair[name], tokenizer, config.template)
             if len(ids) > limit:
                 cut += 1
             pair[f"{name}_ids"] = ids[:limit]
@@ -139,6 +187,31 @@ def encode_preferences(pairs: list[dict], tokenizer, config, split: str) -> list
     if equal:
         print(f"data: {equal} {split} pairs have equal responses and were left out")
     return kept
+
+
+def warn_about_responses(responses: list[str], tokenizer, split: str) -> None:
+    """Say how many responses of the data spell a special token, other than the end token at their end."""
+    texts = [response.removesuffix(tokenizer.eos_token) for response in responses]
+    warn_about_control_tokens(texts, tokenizer, f"{split} responses")
+
+
+def encode_response(example: dict, response: str, tokenizer, template: str) -> list[int]:
+    """The response as token ids, with the end token: as the model would continue example["prompt_ids"].
+
+    Some tokenizers begin every text with a token of its own, such as a space. So prompt and response are tokenised
+    together where the ids of the prompt are a beginning of that, and apart where they are not.
+    """
+    prompt = render_prompt(example, tokenizer, template)
+    add_special_tokens = resolve_template(tokenizer, template) != "chat"  # as for the prompt
+    together = tokenizer.encode(prompt + response, add_special_tokens=add_special_tokens)
+    size = len(example["prompt_ids"])
+    if together[:size] == example["prompt_ids"]:
+        ids = together[size:]
+    else:
+        ids = tokenizer.encode(response, add_special_tokens=False)
+    if ids[-1:] != [tokenizer.eos_token_id]:  # some responses, and some tokenizers, have one already
+        ids = ids + [tokenizer.eos_token_id]
+    return ids
 
 
 # --- preference pairs of a model's own responses ---
@@ -191,21 +264,53 @@ def pair_batch(pairs: list[dict], tokenizer, device) -> Rollouts:
 # --- demonstrations ---
 
 
-def read_demonstrations(path: str) -> list[dict]:
-    """The demonstrations of a JSONL file, one {"prompt": ..., "response": ...} per line, taken as they are."""
-    return [pick_fields(row, ("prompt", "response"), where) for where, row in read_rows(path)]
+def load_demonstrations(sources: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
+    """The training and the held-out demonstrations of --data, one {"prompt": ..., "response": ...} per line.
+
+    A second source is held out; without one a tenth of the prompts is. No held-out prompt is trained on.
+    """
+    if len(sources) > 2:
+        fail("--data takes one source of demonstrations, or two: TRAIN.jsonl HELD_OUT.jsonl")
+    train, test = read_demonstrations(sources[0])
+    if len(sources) == 2:
+        second_train, second_test = read_demonstrations(sources[1])
+        test = second_test or second_train
+    train, test = split_by_prompt(train, test)
+    if not train:
+        fail(f"{sources[0]}: no demonstration is left to train on; --data needs two different prompts or more")
+    return train, test
 
 
-def encode_demonstrations(demonstrations: list[dict], tokenizer) -> list[dict]:
+def read_demonstrations(source: str) -> tuple[list[dict], list[dict]]:
+    """The train and the test demonstrations of a Hub data set or of a file (no test ones)."""
+    splits = []
+    for rows in read_source(source):
+        demonstrations = []
+        for where, row in as_text(rows, COLUMNS["response"], source):
+            pair = pick_fields(row, ("prompt", "response"), where)
+            demonstrations.append(pair | question_and_system(pair, row, where))
+        splits.append(demonstrations)
+    return splits[0], splits[1]
+
+
+def encode_demonstrations(demonstrations: list[dict], tokenizer, config, split: str) -> list[dict]:
     """Copies of the demonstrations with "prompt_ids" and "response_ids", the end token being part of the response.
 
-    Prompt and response are tokenised apart, as they are when a model writes a response to a prompt.
+    A prompt is encoded as for all scripts, with the chat template where there is one. A response longer than
+    --max-response-tokens is cut, and has no end; says how many were.
     """
-    encoded = []
-    for pair in demonstrations:
-        prompt_ids = tokenizer.encode(pair["prompt"])
-        response_ids = tokenizer.encode(pair["response"], add_special_tokens=False) + [tokenizer.eos_token_id]
-        encoded.append(pair | {"prompt_ids": prompt_ids, "response_ids": response_ids})
+    limit = config.max_response_tokens
+    examples = [pair | {"question": pair["prompt"]} for pair in demonstrations]
+    encoded = encode_prompts(examples, tokenizer, config.template, config.max_prompt_tokens, split)
+    warn_about_responses([pair["response"] for pair in encoded], tokenizer, split)
+    cut = 0
+    for pair in encoded:
+        ids = encode_response(pair, pair["response"], tokenizer, config.template)
+        if len(ids) > limit:
+            cut += 1
+        pair["response_ids"] = ids[:limit]
+    if cut:
+        print(f"data: {cut} {split} responses are longer than --max-response-tokens {limit} and were cut there")
     return encoded
 
 

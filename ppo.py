@@ -154,13 +154,13 @@ def main(config: Config) -> None:
     reference = policy.reference() if config.beta else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    value = load_value(config.value_model or config.model, accelerator.device)
+    value = load_value(config.value_model or config.model, accelerator.device, tokenizer)
     value_parameters = list(value.parameters())
     optimizer.add_param_group({"params": value_parameters, "lr": config.value_lr})
-    train, test = load_prompts(config, tokenizer)
+    train, test = load_prompts(config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
-    run.start(tokenizer, policy=policy, value=value, optimizer=optimizer)  # with --resume: as they were saved
+    run.start(tokenizer, train, policy=policy, value=value, optimizer=optimizer)  # with --resume: as saved
     sampler.push(policy)
     updates = config.epochs * config.minibatches
     if run.first_step == 1:

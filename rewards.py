@@ -10,14 +10,15 @@ Write one like it in this file and name it on the command line: `accuracy=1 shor
 named by its folder or its name on the Hub: `accuracy=0 path/to/reward_model=1`.
 
 An `example` is a dict from data.py, with "question", "answer" and "verifier"; verifiers.py says which answer is right.
+A response whose answer cannot be checked gets 0, and is counted in the metric `unchecked`.
 """
 
 import math
 from statistics import fmean as mean
 from statistics import stdev
 
-from plumbing.fail import fail
-from verifiers import TAGS, is_right
+from plumbing.fail import fail, first_line
+from verifiers import TAGS, Unchecked, is_right
 
 REWARDS = {}
 
@@ -58,16 +59,29 @@ def parse_weights(specs) -> dict[str, float]:
     return weights
 
 
-def score(responses, examples, names) -> dict[str, list[float]]:
+class Scores(dict):
+    """B values per named reward; beside these, which of the B responses could not be checked, as 1.0 or 0.0."""
+
+    unchecked: list[float]
+
+
+def score(responses, examples, names) -> Scores:
     """B values per named reward, in the order of the B responses. "accuracy" is always among them.
 
+    A reward that needs to know whether an answer is right is 0 where that could not be checked.
     ValueError if there is not one example per response; RuntimeError if a reward raises or returns no finite number.
     """
-    scores = {}
+    scores = Scores()
+    scores.unchecked = [0.0] * len(responses)
     for name in dict.fromkeys(["accuracy", *names]):  # each name once, in this order
         scores[name] = []
-        for response, example in zip(responses, examples, strict=True):
-            scores[name].append(call(name, response, example))
+        for i, (response, example) in enumerate(zip(responses, examples, strict=True)):
+            try:
+                value = call(name, response, example)
+            except Unchecked:
+                value = 0.0
+                scores.unchecked[i] = 1.0
+            scores[name].append(value)
     return scores
 
 
@@ -85,6 +99,8 @@ def call(name: str, response: str, example: dict) -> float:
         value = float(REWARDS[name](response, example))
         if not math.isfinite(value):
             raise ValueError(f"returned {value}")
+    except Unchecked:
+        raise
     except Exception as error:
         raise RuntimeError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
     return value
@@ -95,7 +111,7 @@ def call(name: str, response: str, example: dict) -> float:
 
 @reward
 def accuracy(response: str, example: dict) -> float:
-    """1 if the final answer is right, by the example's own verifier; else 0."""
+    """1 if the final answer is right, by the example's own verifier; else 0. Raises Unchecked if that is unknown."""
     return float(is_right(response, example))
 
 
@@ -103,9 +119,14 @@ def accuracy(response: str, example: dict) -> float:
 def format(response: str, example: dict) -> float:
     """1 for `<think> reasoning </think> <answer> something </answer>` and nothing else; 0 otherwise.
 
-    The opening <think> may be missing, because some prompts end with it.
+    If the prompt ends with <think> (the example says "opened"), the response has no opening <think> of its own.
     """
-    reasoning, _, rest = response.strip().removeprefix("<think>").partition("</think>")
+    response = response.strip()
+    if not example.get("opened", False):
+        if not response.startswith("<think>"):
+            return 0.0
+        response = response.removeprefix("<think>")
+    reasoning, _, rest = response.partition("</think>")
     rest = rest.strip()
     if not rest.startswith("<answer>"):
         return 0.0
@@ -156,19 +177,24 @@ class RewardModel:
         import torch  # here, because the other rewards do without it
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from plumbing.model_checks import check_model, check_vocabulary
+
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 num_labels=1,
+                trust_remote_code=False,
+                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # a head with more labels is reported in `info`
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            fail(f"reward model {path}: cannot be loaded: {reason}")
+        except Exception as error:  # of many types: no such model, an unknown architecture, a broken file
+            fail(f"reward model {path}: cannot be loaded ({type(error).__name__}): {first_line(error)}")
         if info["missing_keys"] or info["mismatched_keys"]:
             fail(f"reward model {path}: no reward model; it needs a score head with one label")
+        check_model("reward model", path, model)
+        check_vocabulary("reward model", path, model, self.tokenizer)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.to(self.device).eval()
 
@@ -204,11 +230,14 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 # --- metrics ---
 
 
-def rollout_metrics(rewards: list, scores: dict, lengths: list, finish_reasons: list, group_size: int) -> dict:
+def rollout_metrics(
+    rewards: list, scores: dict, lengths: list, finish_reasons: list, group_size: int, unchecked: list = ()
+) -> dict:
     """What a batch of B rollouts looks like; responses to one question stand next to each other, group_size each.
 
     rewards: B numbers; scores: B numbers per named reward; lengths: B numbers of tokens;
-    finish_reasons: B times "stop" or "length". The mean length of the right (or wrong) responses is None without any.
+    finish_reasons: B times "stop" or "length"; unchecked: B times 1.0 or 0.0, or nothing if all could be checked.
+    The mean length of the right (or wrong) responses is None without any.
     """
     groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
     right = []  # the lengths of the right responses
@@ -230,14 +259,16 @@ def rollout_metrics(rewards: list, scores: dict, lengths: list, finish_reasons: 
     metrics["truncated"] = finish_reasons.count("length") / len(rewards)
     metrics["informative_groups"] = mean([float(max(group) > min(group)) for group in groups])
     metrics["tokens"] = sum(lengths)
+    metrics["unchecked"] = mean(unchecked) if unchecked else 0.0
     return metrics
 
 
-def evaluation_metrics(greedy: list, scores: dict, lengths: list, k: int) -> dict:
+def evaluation_metrics(greedy: list, scores: dict, lengths: list, k: int, unchecked: list = ()) -> dict:
     """Held-out metrics, from the accuracy of one greedy response per question and the scores of k sampled ones each.
 
     greedy: P accuracies; scores: P * k numbers per named reward, "accuracy" and "format" among them, the k responses
-    to one question next to each other; lengths: of the P * k samples, in tokens.
+    to one question next to each other; lengths: of the P * k samples, in tokens; unchecked: P * k times 1.0 or 0.0, or
+    nothing if all could be checked.
     """
     values = scores["accuracy"]
     correct = []  # for each question, how many of its k responses are right
@@ -249,4 +280,5 @@ def evaluation_metrics(greedy: list, scores: dict, lengths: list, k: int) -> dic
         f"eval_pass@{k}": mean([pass_at_k(k, c, k) for c in correct]),
         "eval_format": mean(scores["format"]),
         "eval_response_length": mean(lengths),
+        "eval_unchecked": mean(unchecked) if unchecked else 0.0,
     }

@@ -3,14 +3,16 @@
 Training uses exactly the token ids that were sampled: their text, tokenised again, need not give the same ones.
 """
 
+import functools
 import importlib.util
 import os
 import random
 
 import torch
+from tqdm import tqdm
 
 from batch import Rollouts, collate, left_pad
-from plumbing.fail import fail
+from plumbing.fail import fail, first_line
 
 
 def check_sampler(name: str) -> str:
@@ -61,8 +63,15 @@ def end_tokens(model, tokenizer) -> set[int]:
 # --- Hugging Face ---
 
 
+AT_ONCE = 2**24  # the most probabilities that sample_tokens holds at once: 128 MiB in float64
+
+
 class HFSampler:
-    """Samples from the policy itself. The prompt of a group is computed once; finished responses leave the batch."""
+    """Samples from the policy itself. The prompt of a group is computed once; finished responses leave the batch.
+
+    Prompts are taken in waves of whole groups, so that the cache never holds more than --sampler-tokens. A response
+    does not depend on its wave: its random numbers belong to its row.
+    """
 
     def __init__(self, config, policy, tokenizer, ends: set[int], stop: list[str], autocast):
         self.model = policy.model
@@ -71,7 +80,32 @@ class HFSampler:
         self.stop = stop
         self.autocast = autocast
         self.max_new_tokens = config.max_new_tokens
+        self.sampler_tokens = config.sampler_tokens
         self.device = policy.model.device
+        self.check(policy)
+
+    def check(self, policy) -> None:
+        """End the run if decoding with a cache gives other log-probs than the trainer: not every cache can be used."""
+        try:
+            with torch.inference_mode(), self.autocast():
+                prompts = [[1, 2, 3, 4], [5]]
+                bar = tqdm(disable=True)
+                responses, logps, finish_reasons = self.decode(prompts, 2, 1.0, [0, 1, 2, 3], bar, max_new_tokens=4)
+        except Exception as error:  # of many types: a model's cache is its own
+            fail(
+                f"--sampler hf: the cache of this model cannot be used ({type(error).__name__}: {first_line(error)}); "
+                "use --sampler vllm, or another model"
+            )
+        batch = collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device)
+        with torch.no_grad(), self.autocast():
+            logp, _ = policy(batch, 1.0)
+        gap = (logp - batch.sampler_logp)[batch.response_mask].abs().mean().item()
+        limit = 0.2 if self.device.type == "cuda" else 0.01  # some 0.05 in bfloat16, near 1e-6 in float32
+        if not gap <= limit:  # written so that nan fails too
+            fail(
+                f"--sampler hf: with its cache this model's log-probs are off by {gap:.2g} nats; use --sampler vllm, "
+                "or another model"
+            )
 
     def push(self, policy) -> None:
         """The sampler has the policy's own weights, so there is nothing to copy."""
@@ -80,17 +114,34 @@ class HFSampler:
     def sleep(self) -> None:
         """Nothing to free."""
 
-    def generate(self, prompts: list[list[int]], n: int, temperature: float, seed: int) -> Rollouts:
-        """n responses to each of P prompts (token ids); temperature 0 is greedy. The same seed gives the same ones."""
-        with torch.inference_mode(), self.autocast():  # one context for all tokens: it casts the weights once
-            responses, logps, finish_reasons = self.decode(prompts, n, temperature, seed)
-        return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device)
+    def generate(self, prompts: list[list[int]], n: int, temperature: float, seed: int, show: str = "") -> Rollouts:
+        """n responses to each of P prompts (token ids); temperature 0 is greedy. The same seed gives the same ones.
 
-    def decode(self, prompts: list[list[int]], n: int, temperature: float, seed: int):
-        """Token ids, their log-probs and the finish reason of B = P * n responses: three lists."""
+        show: what a progress bar is called; without it there is none
+        """
+        row_seeds = random.Random(seed).sample(range(2**62), len(prompts) * n)
+        responses = []
+        logps = []
+        finish_reasons = []
+        bar = tqdm(total=len(prompts) * n, desc=show, disable=not show, leave=False, unit="response")
+        with bar, torch.inference_mode(), self.autocast():  # one context for all tokens: it casts the weights once
+            for start, end in waves(prompts, n, self.max_new_tokens, self.sampler_tokens):
+                wave = self.decode(prompts[start:end], n, temperature, row_seeds[start * n : end * n], bar)
+                responses += wave[0]
+                logps += wave[1]
+                finish_reasons += wave[2]
+        return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device, self.ends)
+
+    def decode(self, prompts: list[list[int]], n: int, temperature: float, row_seeds: list[int], bar, max_new_tokens=0):
+        """Token ids, their log-probs and the finish reason of B = P * n responses: three lists.
+
+        row_seeds: a seed for each response; bar: is told of each response that is complete
+        max_new_tokens: 0 for --max-new-tokens
+        """
         from plumbing.cache import roomy_cache
 
-        generator = torch.Generator(self.device).manual_seed(seed)
+        max_new_tokens = max_new_tokens or self.max_new_tokens
+        numbers = random_numbers(row_seeds, max_new_tokens).to(self.device)  # [B, T] one for each token
         cache = roomy_cache(self.model.config)
         ids, mask = left_pad(prompts, self.tokenizer.pad_token_id, self.device)  # [P, L] each
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # [P, L] padding on the left does not count
@@ -98,14 +149,15 @@ class HFSampler:
         responses = [[] for _ in alive]
         logps = [[] for _ in alive]
         finish_reasons = ["length" for _ in alive]
-        for t in range(self.max_new_tokens):
+        for t in range(max_new_tokens):
             logits = self.next_logits(ids, mask, positions, cache)  # [b, V]
             if t == 0:  # the prompt of a group was computed once; from here on its n responses part
-                logits = logits.repeat_interleave(n, 0)
-                mask = mask.repeat_interleave(n, 0)
-                positions = positions[:, -1:].repeat_interleave(n, 0)  # [b, 1]
-                cache.batch_repeat_interleave(n)
-            ids, logp = sample_token(logits, temperature, generator)  # [b, 1] each
+                rows = torch.arange(len(prompts), device=self.device).repeat_interleave(n)  # [B] the prompt of each
+                logits = logits[rows]
+                mask = mask[rows]
+                positions = positions[rows, -1:]  # [B, 1]
+                cache.reorder_cache(rows)
+            ids, logp = sample_tokens(logits, temperature, numbers[:, t : t + 1])  # [b, 1] each
             tokens = ids[:, 0].tolist()
             token_logps = logp[:, 0].tolist()
             still_running = []  # which of the b rows
@@ -116,6 +168,7 @@ class HFSampler:
                     finish_reasons[i] = "stop"
                 else:
                     still_running.append(row)
+            bar.update(len(alive) - len(still_running))
             if not still_running:
                 break
             if len(still_running) < len(alive):
@@ -124,9 +177,11 @@ class HFSampler:
                 ids = ids[rows]
                 mask = mask[rows]
                 positions = positions[rows]
-                cache.batch_select_indices(rows)
+                numbers = numbers[rows]
+                cache.reorder_cache(rows)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             positions = positions + 1
+        bar.update(finish_reasons.count("length"))
         return responses, logps, finish_reasons
 
     def next_logits(self, ids, mask, positions, cache) -> torch.Tensor:
@@ -150,15 +205,53 @@ class HFSampler:
         return any(stop in text for stop in self.stop)
 
 
-def sample_token(logits: torch.Tensor, temperature: float, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token for each row and its log-prob: [b, V] -> [b, 1] each. Temperature 0 takes the most probable token."""
-    if temperature == 0:
-        logp = logits.log_softmax(-1)  # [b, V]
-        ids = logp.argmax(-1, keepdim=True)
-    else:
-        logp = (logits / temperature).log_softmax(-1)  # [b, V]
-        ids = torch.multinomial(logp.exp(), 1, generator=generator)
-    return ids, logp.gather(-1, ids)
+def waves(prompts: list[list[int]], n: int, max_new_tokens: int, sampler_tokens: int):
+    """Yield (start, end) of consecutive prompts whose groups of n responses fit into `sampler_tokens` together.
+
+    Each response is counted with the longest prompt of its wave and with max_new_tokens. A group that does not fit
+    goes alone.
+    """
+    start = 0
+    longest = 0
+    for i, prompt in enumerate(prompts):
+        longest = max(longest, len(prompt))
+        tokens = (i + 1 - start) * n * (longest + max_new_tokens)
+        if i > start and tokens > sampler_tokens:
+            yield start, i
+            start = i
+            longest = len(prompt)
+    yield start, len(prompts)
+
+
+def random_numbers(seeds: list[int], length: int) -> torch.Tensor:
+    """[B, length] float64 in [0, 1): row i depends on seed i only, and on no device."""
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        rows.append(torch.rand(length, generator=generator, dtype=torch.float64))
+    return torch.stack(rows)
+
+
+def sample_tokens(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token for each row and its log-prob, [b, 1] each, from logits [b, V] and a random number in [0, 1) each [b, 1].
+
+    The token is the first one at which the probabilities, added up, exceed u: the inverse of the cumulative
+    distribution. Temperature 0 takes the most probable token.
+    """
+    ids = []
+    logps = []
+    at_once = max(1, AT_ONCE // logits.shape[1])  # rows
+    for part, number in zip(logits.split(at_once), u.split(at_once), strict=True):
+        if temperature == 0:
+            logp = part.log_softmax(-1)  # [b, V]
+            token = logp.argmax(-1, keepdim=True)
+        else:
+            logp = (part / temperature).log_softmax(-1)  # [b, V]
+            cumulative = logp.double().exp().cumsum(-1)  # [b, V] in float64: V small numbers are added up
+            token = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)  # [b, 1]
+        ids.append(token)
+        logps.append(logp.gather(-1, token))
+    return torch.cat(ids), torch.cat(logps)
 
 
 # --- vLLM ---
@@ -216,9 +309,12 @@ class VLLMSampler:
         if self.cuda:
             self.llm.sleep(level=2)
 
-    def generate(self, prompts: list[list[int]], n: int, temperature: float, seed: int, limit: int = 0) -> Rollouts:
+    def generate(
+        self, prompts: list[list[int]], n: int, temperature: float, seed: int, show: str = "", limit: int = 0
+    ) -> Rollouts:
         """n responses to each of P prompts (token ids); temperature 0 is greedy. The same seed gives the same ones.
 
+        show: what a progress bar is called; without it there is none
         limit: the most tokens of a response; 0 for --max-new-tokens
         """
         seeds = random.Random(seed).sample(range(2**31), len(prompts))  # sample i of a request gets its seed + i
@@ -235,11 +331,13 @@ class VLLMSampler:
                 stop_token_ids=list(self.ends),
             )
             params.append(request)
-        requests = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        bar = functools.partial(tqdm, desc=show, leave=False) if show else False
+        outputs_of_requests = self.llm.generate(requests, params, use_tqdm=bar)
         responses = []
         logps = []
         finish_reasons = []
-        for request in requests:
+        for request in outputs_of_requests:
             for output in request.outputs:
                 token_ids = list(output.token_ids)
                 token_logps = []
@@ -248,7 +346,7 @@ class VLLMSampler:
                 responses.append(token_ids)
                 logps.append(token_logps)
                 finish_reasons.append(output.finish_reason)
-        return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device)
+        return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device, self.ends)
 
     def gap(self) -> float:
         """Mean |log-prob in vLLM - log-prob in the trainer| in nats, on a few short samples."""

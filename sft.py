@@ -19,9 +19,9 @@ from typing import Literal
 
 import torch
 
-from data import draw, load_prompts, stop_strings
-from logprobs import Policy, load_policy
-from pairs import demonstration_batch, encode_demonstrations, read_demonstrations
+from data import check_positions, draw, load_prompts, stop_strings
+from logprobs import Policy, batch_logprobs, load_policy
+from pairs import demonstration_batch, encode_demonstrations, load_demonstrations, tokens_together
 from plumbing.fail import fail
 from plumbing.flags import RunConfig, parse
 from plumbing.processes import sum_gradients
@@ -34,15 +34,15 @@ from tiny.make import demonstrations, new_model
 class Config(RunConfig):  # template, evaluation and the like: plumbing/flags.py
     model: str = "scratch"  # Hugging Face folder or Hub name of the model to train; scratch: a new tiny one
     task: str = "arithmetic"  # what it is evaluated on
-    data: str = ""  # JSONL file of prompt/response pairs, taken as they are; empty: demonstrations of arithmetic
+    data: tuple[str, ...] = ()  # file or Hub set of prompt/response pairs; a second one is held out; empty: arithmetic
     sampler: Literal["auto", "hf", "vllm"] = "hf"  # what writes the responses it is evaluated on
-    max_prompt_tokens: int = 512  # longer prompts are left out of the evaluation, tokens
     eval_every: int = 500  # steps between evaluations; 0: only before and after
     eval_prompts: int = 512  # held-out questions per evaluation
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     seed: int = 0  # of the new model's weights, and of the order of the pairs
     steps: int = 2000  # updates
     pairs_per_step: int = 128  # pairs in each update
+    max_response_tokens: int = 512  # longest response of the data, tokens; longer ones are cut
     max_new_tokens: int = 64  # longest response in the evaluation, tokens
     temperature: float = 1.0  # of the policy, when it learns and when it is evaluated
     lr: float = 2e-3  # highest learning rate of AdamW: linear warm-up over 5 % of the steps, then a cosine to zero
@@ -80,17 +80,37 @@ def main(config: Config) -> None:
         return min((done + 1) / warmup, cosine)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
-    pairs = read_demonstrations(config.data) if config.data else demonstrations()
-    pairs = encode_demonstrations(pairs, tokenizer)
-    _, test = load_prompts(dataclasses.replace(config, data=()), tokenizer)
+    pairs = demonstrations()
+    held_out = []
+    if config.data:
+        pairs, held_out = load_demonstrations(config.data)
+        held_out = encode_demonstrations(held_out[: config.eval_prompts], tokenizer, config, "held-out")
+    pairs = encode_demonstrations(pairs, tokenizer, config, "training")
+    longest = max(tokens_together(pair, "response") for pair in pairs + held_out)
+    check_positions(longest, policy.positions, "--max-response-tokens")
+    _, test = load_prompts(dataclasses.replace(config, data=()), tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
-    run.start(tokenizer, policy=policy, optimizer=optimizer, schedule=schedule)  # with --resume: as they were saved
-    sampler.push(policy)
+    # With --resume these are given the state in which they were saved.
+    run.start(tokenizer, pairs, policy=policy, optimizer=optimizer, schedule=schedule)
+
+    def evaluate(step: int) -> None:
+        """Log the loss of held-out pairs, where there are some, and the model's own responses to the task."""
+        if held_out:
+            batch = demonstration_batch(held_out, tokenizer, accelerator.device)
+            with accelerator.autocast():
+                logp = batch_logprobs(policy, batch, config.temperature, config.tokens_per_microbatch)  # [B, T]
+            loss = sft_loss(logp, batch.response_mask, int(batch.lengths.sum()))
+            run.add_metrics(step, {"eval_loss": loss.item()})
+        sampler.push(policy)
+        run.evaluate(step, sampler, test)
+        sampler.sleep()
+
     if run.first_step == 1:
-        run.evaluate(0, sampler, test)
+        evaluate(0)
         run.end_step(0)
-    sampler.sleep()
+    else:
+        sampler.sleep()
 
     for step in run.steps():
         # --- update ---
@@ -114,9 +134,7 @@ def main(config: Config) -> None:
         # --- log, evaluate, save ---
         run.log(step, 1, grad_norm=grad_norm.item(), lr=lr)
         if run.due(config.eval_every, step):
-            sampler.push(policy)
-            run.evaluate(step, sampler, test)
-            sampler.sleep()
+            evaluate(step)
         run.end_step(step)
     run.finish()
 

@@ -49,9 +49,10 @@ from batch import collate, left_pad  # noqa: E402
 from data import load_prompts, stop_strings  # noqa: E402
 from logprobs import LOGITS_AT_ONCE, Policy, load_policy  # noqa: E402
 from plumbing.fail import fail  # noqa: E402
+from plumbing.flags import RunConfig  # noqa: E402
 from plumbing.run import Run  # noqa: E402
 from rewards import REWARDS  # noqa: E402
-from rollout import check_sampler, make_sampler  # noqa: E402
+from rollout import AT_ONCE, check_sampler, make_sampler  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -213,7 +214,7 @@ def load(config: Config, folder: str, which: str) -> Setup:
     script = replace(script_config(config, folder), sampler=which)
     accelerator = Accelerator(cpu=not CUDA, mixed_precision="bf16" if CUDA else "no")
     policy, tokenizer = load_policy(script.model, accelerator.device, script.gradient_checkpointing)
-    train, _ = load_prompts(script, tokenizer)
+    train, _ = load_prompts(script, tokenizer, policy.positions)
     prompts = [example["prompt_ids"] for example in train[: config.prompts]]
     stop = stop_strings(tokenizer, script.template)
     sampler = make_sampler(script, policy, tokenizer, stop, accelerator.autocast)
@@ -639,9 +640,9 @@ def memory_gb(
     then the activations of a micro-batch, the bf16 copies that autocast makes of all matrices (2 bytes per weight), a
     chunk of 2^25 logits with 16 bytes each, and two bf16 gradients of the LM head; AdamW, fused, needs nothing more.
     The rollout has weights, Adam, the reference and either half of the GPU, which vLLM takes (rollout.py) and gives
-    back to sleep, or copies, logits of 16 bytes, and a cache in float32 with half of it as spare room. CUDA itself
-    takes 1 GB, with vLLM's graphs 3. But for weights, Adam, gradients and activations, which tests measure on a CPU,
-    these are estimates.
+    back to sleep, or, for a wave of responses (--sampler-tokens), copies, logits of 6 bytes, a cache in float32 with
+    half of it as spare room, and 28 bytes for each of 2^24 probabilities. CUDA itself takes 1 GB, with vLLM's graphs 3.
+    But for weights, Adam, gradients and activations, which tests measure on a CPU, these are estimates.
     """
     _, kv, layer = widths(c)
     layers = c.num_hidden_layers
@@ -655,8 +656,12 @@ def memory_gb(
     always += 3 * GB if sampler == "vllm" else 1 * GB  # of CUDA itself
     copies = BYTES["bf16 copies"] * (layers * layer + head)
     cache = row_tokens * layers * kv * 12  # of a row
-    logits = c.vocab_size * 16  # of a row
-    sampling = gpu_gb * GB / 2 if sampler == "vllm" else copies + rows * (cache + logits)
+    logits = c.vocab_size * 6  # of a row
+    wave = min(rows, RunConfig.sampler_tokens // row_tokens)  # rows
+    if sampler == "vllm":
+        sampling = gpu_gb * GB / 2
+    else:
+        sampling = copies + wave * (cache + logits) + 28 * AT_ONCE
     gradients = BYTES["gradients"] * parameters
     backward = copies + microbatch * activation_bytes(c, checkpointing) + 16 * LOGITS_AT_ONCE + 4 * head
     return {"rollout": (always + sampling) / GB, "update": (always + gradients + backward) / GB}

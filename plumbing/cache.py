@@ -29,9 +29,9 @@ class RoomyLayer(DynamicLayer):
         self.values = self.value_room[:, :, :end]
         return self.keys, self.values
 
-    def batch_select_indices(self, indices):
-        """Keep some of the rows. What is kept is a copy, without room."""
-        super().batch_select_indices(indices)
+    def reorder_cache(self, beam_idx):
+        """Take these rows, in this order, some of them repeatedly. The copy has no room yet."""
+        super().reorder_cache(beam_idx)
         self.key_room = None
         self.value_room = None
 

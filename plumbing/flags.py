@@ -22,10 +22,12 @@ class RunConfig:
     template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question becomes a prompt
     sampler: Literal["auto", "hf", "vllm"] = "auto"  # what writes the responses
     max_prompt_tokens: int = 512  # longer prompts are left out, tokens
+    sampler_tokens: int = 65536  # most tokens in the Hugging Face sampler's cache, at least one group; memory only
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     eval_every: int = 20  # steps between evaluations; 0: only before and after
     eval_prompts: int = 128  # held-out questions per evaluation
+    eval_samples: int = 8  # k: responses to each of them, besides the greedy one
     save_every: int = 50  # steps between checkpoints; 0: only at the end
     seed: int = 0  # of prompts, samples and minibatches
     out: str = ""  # folder of the run; empty: runs/<script>-<time>

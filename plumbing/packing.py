@@ -122,8 +122,10 @@ def use_packed_attention(model) -> None:
 
 def can_pack(body, batch: Rollouts) -> bool:
     """Whether packing leaves every state as it is: tokens interact in attention only, and the attention is ours."""
-    if not hasattr(body, "packs"):  # asked once per model
-        body.packs = body.config._attn_implementation == ATTENTION and packed_equals_alone(body)
+    if body.config._attn_implementation != ATTENTION:
+        return False
+    if not hasattr(body, "packs"):  # tried once per model
+        body.packs = packed_equals_alone(body)
     if not body.packs:
         return False
     window = getattr(body.config.get_text_config(), "sliding_window", None)

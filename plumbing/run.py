@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 import plot
-from plumbing.checkpoint import load_checkpoint, save_checkpoint, save_model
+from plumbing.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model
 from plumbing.fail import fail
 from plumbing.flags import check_config
 from plumbing.processes import gather
@@ -64,13 +64,17 @@ class Run:
 
     # --- the loop ---
 
-    def start(self, tokenizer, policy, **others) -> None:
-        """Save these with the run from now on; with --resume, first give them the state in which they were saved."""
+    def start(self, tokenizer, data: list[dict], policy, **others) -> None:
+        """Save these with the run from now on; with --resume, first give them the state in which they were saved.
+
+        data: what is trained on; a resumed run must have the same
+        """
         self.tokenizer = tokenizer
         self.objects = {"policy": policy, **others}
+        self.fingerprint = fingerprint(data)
         if not self.config.resume:
             return
-        self.first_step = load_checkpoint(self.folder, self.objects) + 1
+        self.first_step = load_checkpoint(self.folder, self.objects, self.fingerprint) + 1
         if self.main:
             for name in ("metrics.jsonl", "samples.jsonl", "held_out.jsonl"):
                 self.forget_later_lines(self.folder / name)
@@ -156,6 +160,7 @@ class Run:
                 gather(batch.lengths.tolist()),
                 gather(batch.finish_reasons),
                 self.config.group_size,
+                unchecked=gather(scores.unchecked),
             )
         self.record |= metrics | self.seconds
         self.record["seconds"] = time.perf_counter() - self.started
@@ -200,7 +205,7 @@ class Run:
 
     # --- evaluation and samples ---
 
-    def evaluate(self, step: int, sampler, examples: list[dict], rewards=(), k: int = 8, **per_token) -> None:
+    def evaluate(self, step: int, sampler, examples: list[dict], rewards=(), **per_token) -> None:
         """Add held-out metrics: greedy accuracy, and pass@1 and pass@k from k samples at the training temperature.
 
         rewards: the named rewards that held_out.jsonl has besides accuracy and format
@@ -211,8 +216,12 @@ class Run:
         shown = self.share(range(min(SHOWN, len(examples))))  # which questions for held_out.jsonl this process has
         examples = self.share(examples)
         prompts = [example["prompt_ids"] for example in examples]
-        greedy = sampler.generate(prompts, n=1, temperature=0.0, seed=0)
-        sampled = sampler.generate(prompts, n=k, temperature=self.config.temperature, seed=0)
+        k = self.config.eval_samples
+        if self.main and step == 0:
+            announce_cost(self.objects["policy"].model, prompts, k + 1, self.config.max_new_tokens)
+        title = f"evaluation after step {step}" if self.main else ""
+        greedy = sampler.generate(prompts, n=1, temperature=0.0, seed=0, show=f"{title}, greedy" if title else "")
+        sampled = sampler.generate(prompts, n=k, temperature=self.config.temperature, seed=0, show=title)
         greedy_scores = score(greedy.texts, examples, [])
         examples_of_samples = [example for example in examples for _ in range(k)]
         scores = score(sampled.texts, examples_of_samples, ["format"])
@@ -221,6 +230,7 @@ class Run:
             {name: gather(values) for name, values in scores.items()},
             gather(sampled.lengths.tolist()),
             k,
+            unchecked=gather(scores.unchecked),
         )
         self.add_metrics(step, metrics)
         records = []
@@ -289,7 +299,7 @@ class Run:
         if self.main:
             self.append("metrics.jsonl", self.record)
             if step > 0 and (self.interrupted or self.due(self.config.save_every, step)):
-                save_checkpoint(self.folder, step, self.objects)
+                save_checkpoint(self.folder, step, self.objects, self.fingerprint)
                 save_model(self.folder, self.objects["policy"].model, self.tokenizer)
                 plot.draw([self.folder], self.folder / "curves.png")
         self.record = {}
@@ -302,3 +312,27 @@ class Run:
             torch.distributed.destroy_process_group()
         if self.main:
             print(f"model, metrics and curves are in {self.folder}")
+
+
+def announce_cost(model, prompts: list[list[int]], responses: int, max_new_tokens: int) -> None:
+    """Say before the first evaluation of a large model on a CPU how much work it is."""
+    parameters = sum(p.numel() for p in model.parameters())
+    if model.device.type != "cpu" or parameters < 50e6:
+        return
+    tokens = len(prompts) * responses * max_new_tokens + sum(len(prompt) for prompt in prompts) * 2
+    minutes = 2 * parameters * tokens / matrix_rate() / 60  # a product and a sum for each parameter and token
+    print(
+        f"evaluation: {len(prompts)} questions x {responses} responses of at most {max_new_tokens} tokens with "
+        f"{parameters / 1e6:.0f} M parameters on a CPU take {minutes:.0f} minutes or more if all are that long; "
+        "--eval-prompts, --eval-samples and --max-new-tokens make it less"
+    )
+
+
+def matrix_rate() -> float:
+    """Operations per second of this CPU in products of matrices."""
+    n = 1024
+    a = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
+    torch.mm(a, a)  # warm-up
+    start = time.perf_counter()
+    torch.mm(a, a)
+    return 2 * n**3 / (time.perf_counter() - start)

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pytest
 from conftest import ROOT
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
+import grpo
+from rewards import accuracy
 
 PROCEDURAL = ["arithmetic", "arithmetic:2", "arithmetic:4", "arithmetic_words", "countdown", "countdown:2"]
 CHAT_TEMPLATE = (
@@ -310,6 +313,134 @@ def test_hub_sources(monkeypatch):
         data.load_task("gsm8k")
 
 
+# --- what users' files hold ---
+
+
+def qa(answer, task="qa"):
+    return data.to_example({"question": "q", "answer": answer}, task, "here")
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        (1e-5, "0.00001"),
+        (1e16, "10000000000000000"),
+        (0.1 + 0.2, "0.30000000000000004"),
+        (0.10000000149011612, "0.10000000149011612"),  # a float32 of .1, as Parquet files have it
+        (-2.5, "-2.5"),
+        (10**20, "100000000000000000000"),
+        (12.0, "12.0"),
+    ],
+)
+def test_an_answer_that_is_a_number_is_that_number_exactly(value, answer):
+    example = qa(value)
+    assert (example["answer"], example["verifier"]) == (answer, "number")
+    assert accuracy(f"<answer>{answer}</answer>", example) == 1
+    assert accuracy(f"<answer>{answer}1</answer>", example) == 0
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "true", "null", "[5]", '{"value": 5}'])
+def test_an_answer_that_is_no_number_and_no_text_is_refused(tmp_path, value):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"question": "q", "answer": {value}}}\n')
+    with pytest.raises(SystemExit, match=r'a.jsonl:1: "answer" must be non-empty text or a number'):
+        data.load_task("qa", (str(path),))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("5.", "5"),
+        ("40 €", "40"),
+        ("€40", "40"),
+        ("１２", "12"),
+        ("−5", "-5"),
+        ("–5", "-5"),
+        ("-$1,250.50", "-1250.50"),
+    ],
+)
+def test_a_plain_number_is_read_however_it_is_written(text, answer):
+    example = qa(text)
+    assert (example["answer"], example["verifier"]) == (answer, "number")
+    assert accuracy(f"<answer>{answer}</answer>", example) == 1
+
+
+def test_plain_words_are_compared_as_words():
+    example = qa("New York")
+    assert example["verifier"] == "text"
+    assert accuracy("<answer>new york</answer>", example) == 1 and accuracy("<answer>York</answer>", example) == 0
+
+
+def test_answers_that_can_hardly_be_matched_are_counted_and_one_is_shown(tmp_path, capsys):
+    answers = ["2/3 cup", "1.000,50", "a solution without a box, that is $5$", "5", "x+1", "\\frac{1}{2}", "Paris"]
+    answers += ["\\text{even}", "\\boxed{7} is the answer that we looked for", "(-\\infty, 3)", "x " * 101]
+    rows = [{"question": f"q{i}", "answer": answer} for i, answer in enumerate(answers)]
+    data.load_task("qa", (write_jsonl(tmp_path / "a.jsonl", rows),))
+    said = capsys.readouterr().out
+    assert "data: 4 answers are neither a number nor a formula nor plain words, such as " in said
+    data.load_task("qa", (write_jsonl(tmp_path / "b.jsonl", rows[3:8]),))
+    assert capsys.readouterr().out == ""
+
+
+def test_several_boxes_in_a_solution_are_counted(tmp_path, capsys):
+    rows = [
+        {"problem": "a", "solution": "first $\\boxed{1}$, then $\\boxed{2}$"},
+        {"problem": "b", "solution": "hence $\\boxed{3}$"},
+    ]
+    task = data.load_task("math", (write_jsonl(tmp_path / "a.jsonl", rows),))
+    assert capsys.readouterr().out == "data: 1 solutions have several boxes; the last one counts as the answer\n"
+    example = next(example for example in task.train + task.test if example["question"] == "a")
+    assert accuracy("\\boxed{2}", example) == 1 and accuracy("\\boxed{1}", example) == 0
+
+
+def test_columns_that_say_something_are_named(tmp_path, capsys):
+    rows = [{"question": "Which one?", "answer": "a", "choices": [i], "context": f"text {i}"} for i in range(20)]
+    rows += [{"question": "And which?", "answer": "b"}]
+    data.load_task("qa", (write_jsonl(tmp_path / "a.jsonl", rows),))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == ("data: the columns choices, context are not read; write what the model needs into the question")
+    assert said[1] == "data: 19 repeated questions were left out"
+
+
+def test_csv_and_parquet(tmp_path):
+    (tmp_path / "a.csv").write_text('question,answer\n"1, 2 or 3?",2\n"a ""word""?",None\n"half?",0.5\n')
+    task = data.load_task("qa", (str(tmp_path / "a.csv"),))
+    found = {example["question"]: example["answer"] for example in task.train + task.test}
+    assert found == {"1, 2 or 3?": "2", 'a "word"?': "None", "half?": "0.5"}
+    (tmp_path / "a.csv").write_text("question,answer\nedited,7\ntwice,8\n")
+    task = data.load_task("qa", (str(tmp_path / "a.csv"),))
+    assert {example["question"] for example in task.train + task.test} == {"edited", "twice"}, "no stale copy"
+
+    table = datasets.Dataset.from_dict({"problem": ["a", "b", "c"], "answer": [1e-5, 2.0, 0.25]})
+    table.to_parquet(tmp_path / "a.parquet")
+    task = data.load_task("qa", (str(tmp_path / "a.parquet"),))
+    found = {example["question"]: example["answer"] for example in task.train + task.test}
+    assert found == {"a": "0.00001", "b": "2.0", "c": "0.25"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"question,answer\nq,\n", 'a.csv, row 1: "answer" must be non-empty text or a number'),
+        ("a.csv", b"question\nq\n", 'a.csv, row 1: no "answer"'),
+        ("a.csv", b"question,answer\n", "cannot read .*a.csv .*no data"),
+        ("a.csv", b"", "cannot read .*a.csv"),
+        ("a.csv", b'question,answer\n"q,1\n', "a.csv"),
+        ("a.parquet", b"no parquet", "cannot read .*a.parquet"),
+        ("empty.parquet", b"", "cannot read .*empty.parquet .*no data"),
+        ("a.parquet", None, "cannot read .*a.parquet: there is no such file"),
+    ],
+)
+def test_tables_that_cannot_be_read_are_one_clear_line(tmp_path, name, content, message):
+    if name == "empty.parquet":
+        datasets.Dataset.from_dict({"question": [], "answer": []}).to_parquet(tmp_path / name)
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=message) as error:
+        data.load_task("qa", (str(tmp_path / name),))
+    assert "\n" not in str(error.value)
+
+
 # --- prompts ---
 
 EXAMPLE = {"question": "Is {x} 3+5?", "answer": "8", "verifier": "number"}
@@ -379,6 +510,47 @@ def test_describe_shows_the_prompt_as_the_model_sees_it():
     assert "plain (the tokenizer has no chat template)" in data.describe(task, make_tokenizer(), "auto")
 
 
+# --- system texts ---
+
+WITH_SYSTEM = {"question": "Is 3+5 8?", "system": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}<model>",
+        "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% endif %}{% endfor %}<model>",
+    ],
+)
+def test_a_system_text_that_a_template_refuses_or_drops_stands_before_the_question(template):
+    tokenizer = make_tokenizer(template)
+    assert data.render_prompt(WITH_SYSTEM, tokenizer, "chat") == "<user>Be brief.\n\nIs 3+5 8?<model>"
+    assert data.render_prompt(EXAMPLE, tokenizer, "chat") == f"<user>{EXAMPLE['question']}<model>"
+
+
+def test_a_system_text_has_its_role_where_there_is_one():
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    assert data.render_prompt(WITH_SYSTEM, tokenizer, "chat") == "<s>[system]Be brief.[user]Is 3+5 8?[assistant]"
+    assert data.render_prompt(WITH_SYSTEM, tokenizer, "plain") == "Be brief.\n\nIs 3+5 8?"
+
+
+def test_a_template_that_refuses_a_question_names_it():
+    tokenizer = make_tokenizer("{{ raise_exception('no\nwords') }}")
+    with pytest.raises(SystemExit, match="the template refuses the question 'Be brief") as error:
+        data.render_prompt(WITH_SYSTEM, tokenizer, "chat")
+    assert "\n" not in str(error.value)
+
+
+def test_the_prompt_may_open_the_thinking(capsys):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE.replace("[assistant]", "[assistant]<think>\n"))
+    assert data.answer_form(EXAMPLE, tokenizer, "chat") == {"tags": False, "opened": True}
+    assert data.answer_form(EXAMPLE, tokenizer, "r1") == {"tags": True, "opened": False}
+    assert data.answer_form(EXAMPLE, tokenizer, "plain") == {"tags": False, "opened": False}
+    task = data.Task("tiny", [EXAMPLE], [EXAMPLE])
+    assert "the prompt opens <think>" in data.describe(task, tokenizer, "auto")
+
+
 # --- which prompts a step sees ---
 
 
@@ -402,3 +574,25 @@ def test_draw_is_a_pure_function_of_seed_and_step():
     assert forwards != [data.draw(examples, 10, seed=2, step=step) for step in range(1, 31)]
     assert sum(forwards[:10], []) != sum(forwards[10:20], [])  # another order in the second epoch
     assert examples == list(range(100))
+
+
+# --- a run that goes on ---
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    def rows(n):
+        return [{"question": f"{i}+{i}=", "answer": str(n * i)} for i in range(1, 9)]
+
+    path = write_jsonl(tmp_path / "qa.jsonl", rows(2))
+    flags = {"model": str(ROOT / "tiny"), "task": "qa", "data": (path,), "max_new_tokens": 8, "eval_samples": 1}
+    flags |= {"prompts_per_step": 2, "group_size": 2, "eval_every": 0, "out": str(tmp_path / "run")}
+    grpo.main(grpo.Config(**flags, steps=1))
+    resumed = grpo.Config(**flags, steps=2, resume=str(tmp_path / "run"))
+    write_jsonl(tmp_path / "qa.jsonl", rows(3))
+    with pytest.raises(SystemExit, match="its data has changed since the run began") as error:
+        grpo.main(resumed)
+    assert "\n" not in str(error.value)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2, "nothing was lost"
+    write_jsonl(tmp_path / "qa.jsonl", rows(2))
+    grpo.main(resumed)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3

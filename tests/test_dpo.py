@@ -232,7 +232,7 @@ def test_the_held_out_metrics_are_those_of_the_saved_model(tmp_path):
     config = dpo.Config(**SMALL | flags)
     policy, tokenizer = load_policy(str(tmp_path / "run" / "model"), torch.device("cpu"))
     reference, _ = load_policy(str(ROOT / "tiny"), torch.device("cpu"))
-    train, held_out = (pair_batch(x, tokenizer, torch.device("cpu")) for x in load_pairs(config, tokenizer))
+    train, held_out = (pair_batch(x, tokenizer, torch.device("cpu")) for x in load_pairs(config, tokenizer, None))
     with torch.no_grad():
         at_first = reference(train, 0.7)[0].sum(1)
         a, b = (model(held_out, 0.7)[0].sum(1) for model in (policy, reference))

@@ -8,6 +8,7 @@ import torch
 
 import data
 import pairs
+import sft
 from batch import collate
 from dpo import Config, verified_pairs
 from pairs import load_pairs, pair_batch, read_preferences
@@ -33,9 +34,9 @@ def prompts_of(pairs):
 def test_pairs_from_a_file(tmp_path, tiny, capsys):
     tokenizer = tiny[1]
     path = write(tmp_path / "a.jsonl", *(pair(i) for i in range(30)))
-    train, test = load_pairs(Config(data=(path,), max_new_tokens=7), tokenizer)
+    train, test = load_pairs(Config(data=(path,), max_new_tokens=7), tokenizer, None)
     assert len(train) == 27 and len(test) == 3 and not set(prompts_of(train)) & set(prompts_of(test))
-    again, _ = load_pairs(Config(data=(path,), seed=5), tokenizer)
+    again, _ = load_pairs(Config(data=(path,), seed=5), tokenizer, None)
     assert set(prompts_of(again)) == set(prompts_of(train)), "whatever the seed"
     first = next(p for p in train + test if p["prompt"] == "p1")
     assert tokenizer.decode(first["prompt_ids"]) == "p1"
@@ -51,25 +52,25 @@ def test_pairs_from_a_file(tmp_path, tiny, capsys):
 
 def test_a_second_source_is_held_out(tmp_path, tiny):
     a, b = write(tmp_path / "a.jsonl", pair(1), pair(2)), write(tmp_path / "b.jsonl", pair(2), pair(3))
-    train, test = load_pairs(Config(data=(a, b)), tiny[1])
+    train, test = load_pairs(Config(data=(a, b)), tiny[1], None)
     assert prompts_of(train) == ["p1"] and prompts_of(test) == ["p2", "p3"]
     with pytest.raises(SystemExit, match="one source of pairs, or two"):
-        load_pairs(Config(data=(a, b, a)), tiny[1])
+        load_pairs(Config(data=(a, b, a)), tiny[1], None)
 
 
 def test_no_more_pairs_are_held_out_than_asked_for(tmp_path, tiny):
     a, b = write(tmp_path / "a.jsonl", pair(1)), write(tmp_path / "b.jsonl", *(pair(i) for i in range(2, 9)))
-    train, test = load_pairs(Config(data=(a, b), eval_prompts=3), tiny[1])
+    train, test = load_pairs(Config(data=(a, b), eval_prompts=3), tiny[1], None)
     assert prompts_of(train) == ["p1"] and prompts_of(test) == ["p2", "p3", "p4"]
 
 
 def test_no_pair_of_a_training_prompt_is_lost(tmp_path, tiny, capsys):
     path = write(tmp_path / "a.jsonl", *(pair(i % 20, chosen=f"good {i}") for i in range(200)))
-    train, test = load_pairs(Config(data=(path,)), tiny[1])
+    train, test = load_pairs(Config(data=(path,)), tiny[1], None)
     assert len(train) == 180 and len(test) == 20 and len(set(prompts_of(test))) == 2
     assert not set(prompts_of(train)) & set(prompts_of(test))
     path = write(tmp_path / "b.jsonl", *(pair(i) for i in range(20)), pair(30, rejected="good 30"))
-    train, test = load_pairs(Config(data=(path,)), tiny[1])
+    train, test = load_pairs(Config(data=(path,)), tiny[1], None)
     assert len(train) + len(test) == 20
     assert re.search("data: 1 (training|held-out) pairs have equal responses", capsys.readouterr().out)
 
@@ -84,8 +85,9 @@ def test_conversations_and_system_prompts(tmp_path, tiny, capsys):
     (first, second, third, fourth), _ = read_preferences(path)
     assert (first["prompt"], first["chosen"], first["rejected"], first["system"]) == ("hi", "good", "bad", "")
     assert (third["prompt"], third["chosen"], third["system"]) == ("hi", "good", "be brief") and fourth == first
-    assert "1 pairs of" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match='"system" must be text'):
+    said = capsys.readouterr().out
+    assert said == f"data: 1 rows of {path} are conversations of several turns and were left out\n"
+    with pytest.raises(SystemExit, match='a.jsonl:1: "system" must be text'):
         read_preferences(write(tmp_path / "a.jsonl", pair(1, system=["x"])))
     assert data.render_prompt(second, tiny[1], "plain") == "be kind\n\np1"
     for broken in (["x"], [], [{"role": "user"}]):
@@ -98,7 +100,7 @@ def test_pairs_from_the_hub(monkeypatch, tiny):
 
     splits = {"train": [pair(1), pair(2)], "test": [pair(2), pair(3)]}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits if name == "some/pairs" else {})
-    train, test = load_pairs(Config(data=("some/pairs",)), tiny[1])
+    train, test = load_pairs(Config(data=("some/pairs",)), tiny[1], None)
     assert prompts_of(train) == ["p1"] and prompts_of(test) == ["p2", "p3"]
 
 
@@ -112,8 +114,72 @@ def test_pairs_from_the_hub(monkeypatch, tiny):
 )
 def test_bad_pairs_are_one_clear_line(tmp_path, rows, words, tiny):
     with pytest.raises(SystemExit, match=words) as error:
-        load_pairs(Config(data=(write(tmp_path / "a.jsonl", *rows),)), tiny[1])
+        load_pairs(Config(data=(write(tmp_path / "a.jsonl", *rows),)), tiny[1], None)
     assert "\n" not in str(error.value)
+
+
+# --- conversations that are no pair ---
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def talk(*messages):
+    """A conversation and its last words in two ways: chosen and rejected."""
+    return {"chosen": [*messages, assistant("good")], "rejected": [*messages, assistant("bad")]}
+
+
+PART_EARLY = {
+    "in a system text": {"chosen": [{"role": "system", "content": "s"}, *talk(user("hi"))["chosen"]]},
+    "in the question": talk(user("ho")) | {"chosen": [user("hi"), assistant("good")]},
+    "in an earlier answer": talk(user("a"), assistant("b"), user("c"))
+    | {"rejected": [user("a"), assistant("x"), user("c"), assistant("bad")]},
+    "one has no question": {"chosen": [user("hi"), assistant("good")], "rejected": [assistant("bad")]},
+    "the prompt is another one": talk(user("hi")) | {"prompt": [user("ho")]},
+    "a user has the last word": {"chosen": [user("hi"), user("good")], "rejected": [user("hi"), user("bad")]},
+}
+
+
+@pytest.mark.parametrize("row", PART_EARLY.values(), ids=PART_EARLY)
+def test_conversations_that_part_early_are_left_out_and_counted(tmp_path, capsys, row):
+    path = write(tmp_path / "a.jsonl", talk(user("hi")), talk(user("hi")) | row)
+    found, _ = read_preferences(path)
+    assert len(found) == 1 and found[0]["chosen"] == "good"
+    assert capsys.readouterr().out == (
+        f"data: 1 rows of {path} were left out: their conversations differ before the last message, "
+        "or do not end with the assistant's\n"
+    )
+
+
+@pytest.mark.parametrize("before", [[user("a"), assistant("b"), user("c")], [user("a"), user("b")], [assistant("a")]])
+def test_conversations_of_several_turns_are_left_out_and_counted(tmp_path, capsys, before):
+    path = write(tmp_path / "a.jsonl", talk(user("hi")), talk(*before))
+    assert len(read_preferences(path)[0]) == 1
+    assert "data: 1 rows of" in capsys.readouterr().out
+
+
+def test_a_prompt_that_is_a_conversation_with_responses_that_are_its_continuation(tmp_path, capsys):
+    system = {"role": "system", "content": "be brief"}
+    only = {"chosen": [assistant("good")], "rejected": [assistant("bad")]}
+    rows = [{"prompt": [system, user("hi")]} | only, {"prompt": "hi"} | only, pair(1, prompt=[user("hi")])]
+    first, second, third = read_preferences(write(tmp_path / "a.jsonl", *rows))[0]
+    assert (first["prompt"], first["system"], first["chosen"]) == ("hi", "be brief", "good")
+    assert (second["prompt"], second["system"], second["rejected"]) == ("hi", "", "bad")
+    assert (third["question"], third["chosen"]) == ("hi", "good 1")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "hi"}], 5])
+def test_a_message_whose_content_is_no_text_is_one_clear_line(tmp_path, content):
+    path = write(tmp_path / "a.jsonl", talk(user("hi")), talk({"role": "user", "content": content}))
+    for read in (read_preferences, pairs.read_demonstrations):
+        with pytest.raises(SystemExit, match='a.jsonl:2: the "content" of a message must be text'):
+            read(path)
 
 
 # --- preference pairs of a model's own responses ---
@@ -184,10 +250,9 @@ def test_no_pair_is_parted(tiny, budget):
 def test_demonstrations_from_a_file(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "1+1=", "response": " 2\\n"}\r\n{"question": "2+2=", "completion": "4"}')
-    assert pairs.read_demonstrations(str(path)) == [
-        {"prompt": "1+1=", "response": " 2\n"},
-        {"prompt": "2+2=", "response": "4"},
-    ]
+    first = {"prompt": "1+1=", "question": "1+1=", "response": " 2\n", "system": ""}
+    second = {"prompt": "2+2=", "question": "2+2=", "response": "4", "system": ""}
+    assert pairs.read_demonstrations(str(path)) == ([first, second], [])
     path.write_text('{"prompt": "1+1="}\n')
     with pytest.raises(SystemExit, match='pairs.jsonl:1: no "response"'):
         pairs.read_demonstrations(str(path))
@@ -196,7 +261,7 @@ def test_demonstrations_from_a_file(tmp_path):
 def test_a_batch_of_demonstrations(tiny):
     tokenizer = tiny[1]
     plain = [{"prompt": "1+1=", "response": "<answer>2</answer>"}, {"prompt": "10+7=", "response": "17"}]
-    encoded = pairs.encode_demonstrations(plain, tokenizer)
+    encoded = pairs.encode_demonstrations(plain, tokenizer, sft.Config(), "training")
     assert [one["prompt_ids"] for one in encoded] == [tokenizer.encode("1+1="), tokenizer.encode("10+7=")]
     assert all(one["response_ids"][-1] == tokenizer.eos_token_id for one in encoded), "or it never learns to stop"
     assert "prompt_ids" not in plain[0]
@@ -204,3 +269,41 @@ def test_a_batch_of_demonstrations(tiny):
     assert batch.texts == ["<answer>2</answer>", "17"] and batch.prompt_index.tolist() == [0, 1]
     assert batch.lengths.tolist() == [4, 3] and not batch.sampler_logp.any()
     assert batch.finish_reasons == ["stop", "stop"]
+
+
+def test_the_chosen_responses_of_pairs_are_demonstrations(tmp_path):
+    system = {"role": "system", "content": "be brief"}
+    rows = [pair(1), talk(system, user("hi")), {"prompt": [user("ho")], "completion": [assistant("he")]}]
+    found, _ = pairs.read_demonstrations(write(tmp_path / "a.jsonl", *rows))
+    assert [(one["question"], one["response"], one["system"]) for one in found] == [
+        ("p1", "good 1", ""),
+        ("hi", "good", "be brief"),
+        ("ho", "he", ""),
+    ]
+
+
+def test_demonstrations_are_held_out_by_prompt(tmp_path):
+    rows = [{"prompt": f"p{i % 20}", "response": f"r{i}"} for i in range(60)]
+    a, b = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", *rows[:1], {"prompt": "x", "response": "y"})
+    train, test = pairs.load_demonstrations((a,))
+    assert len(train) == 54 and len(test) == 6 and not set(prompts_of(train)) & set(prompts_of(test))
+    train, test = pairs.load_demonstrations((a, b))
+    assert len(train) == 57 and prompts_of(test) == ["p0", "x"], "a second file is held out"
+    with pytest.raises(SystemExit, match="one source of demonstrations, or two"):
+        pairs.load_demonstrations((a, b, a))
+    with pytest.raises(SystemExit, match="two different prompts or more"):
+        pairs.load_demonstrations((write(tmp_path / "c.jsonl", *rows[:1]),))
+
+
+def test_long_demonstrations_are_cut_and_counted(tiny, capsys):
+    tokenizer = tiny[1]
+    rows = [{"prompt": "p" * n, "response": "r" * n} for n in (3, 4, 5, 9)]
+    config = sft.Config(max_response_tokens=5, max_prompt_tokens=8)
+    encoded = pairs.encode_demonstrations(rows, tokenizer, config, "training")
+    lengths = [len(one["response_ids"]) for one in encoded]
+    ended = [one["response_ids"][-1] == tokenizer.eos_token_id for one in encoded]
+    assert lengths == [4, 5, 5] and ended == [True, True, False]
+    assert capsys.readouterr().out.splitlines() == [
+        "data: 1 of 4 training prompts are longer than --max-prompt-tokens 8 and were left out",
+        "data: 1 training responses are longer than --max-response-tokens 5 and were cut there",
+    ]

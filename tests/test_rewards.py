@@ -6,6 +6,7 @@ import pytest
 from test_verifiers import COUNTDOWN, HOSTILE, bounded_time, example, random_responses, tagged
 
 import rewards
+import verifiers
 
 # --- accuracy, format, tagged, r1_zero ---
 
@@ -22,7 +23,7 @@ def test_accuracy_is_a_number(answer, expected):
     [
         ("<think>a</think><answer>b</answer>", 1.0),
         (" \n<think>\na\n</think>\n\n<answer>\nb\n</answer>\n ", 1.0),
-        ("a</think><answer>b</answer>", 1.0),
+        ("a</think><answer>b</answer>", 0.0),  # unless the prompt opened the thinking
         ("<think></think><answer>b</answer>", 1.0),
         ("<think>a</think><answer></answer>", 0.0),
         ("<think>a</think><answer> \n</answer>", 0.0),
@@ -47,6 +48,21 @@ def test_accuracy_is_a_number(answer, expected):
 )
 def test_format(response, expected):
     assert rewards.format(response, {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("a</think><answer>b</answer>", 1.0),
+        ("\na\n</think>\n\n<answer>b</answer>", 1.0),
+        ("</think><answer>b</answer>", 1.0),
+        ("<think>a</think><answer>b</answer>", 0.0),  # a second <think>
+        ("<answer>b</answer>", 0.0),
+        ("a", 0.0),
+    ],
+)
+def test_format_where_the_prompt_opened_the_thinking(response, expected):
+    assert rewards.format(response, {"opened": True}) == expected
 
 
 @pytest.mark.parametrize(
@@ -167,6 +183,29 @@ def test_score_names_a_reward_that_raises(register):
     with pytest.raises(RuntimeError, match="reward 'broken' failed: KeyError: 'missing'") as error:
         rewards.score(["x"], [example("number", "1")], ["broken"])
     assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_what_cannot_be_checked_is_0_and_counted(monkeypatch):
+    def check(response, example):
+        if response.endswith("?</answer>"):
+            raise verifiers.Unchecked("too long")
+        return True
+
+    monkeypatch.setattr(rewards, "is_right", check)
+    responses = [tagged("1"), tagged("?"), tagged("?"), "1"]
+    examples = [example("math", "1")] * 4
+    scores = rewards.score(responses, examples, ["r1_zero", "format"])
+    assert scores == {"accuracy": [1.0, 0.0, 0.0, 1.0], "r1_zero": [1.0, 0.0, 0.0, 0.0], "format": [1.0, 1.0, 1.0, 0.0]}
+    assert scores.unchecked == [0.0, 1.0, 1.0, 0.0]
+    assert rewards.total(scores, {"accuracy": 1.0, "format": 0.5}) == [1.5, 0.5, 0.5, 1.0]
+    arguments = [1.0, 0.0, 0.0, 1.0], scores, [3, 3, 3, 3], ["stop"] * 4, 2
+    assert rewards.rollout_metrics(*arguments)["unchecked"] == 0.0
+    metrics = rewards.rollout_metrics(*arguments, unchecked=scores.unchecked)
+    assert list(metrics)[-1] == "unchecked" and metrics["unchecked"] == 0.5 and metrics["accuracy"] == 0.5
+    metrics = rewards.evaluation_metrics([1.0], scores, [3, 3, 3, 3], 4)
+    assert list(metrics)[-1] == "eval_unchecked" and metrics["eval_unchecked"] == 0.0
+    metrics = rewards.evaluation_metrics([1.0], scores, [3, 3, 3, 3], 4, unchecked=scores.unchecked)
+    assert metrics["eval_unchecked"] == 0.5
 
 
 def test_score_needs_one_example_per_response():

@@ -79,3 +79,81 @@ def test_asking_for_a_missing_vllm_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(rollout.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install"):
         rollout.check_sampler("vllm")
+
+
+# --- waves ---
+
+
+def test_a_wave_holds_whole_groups_within_the_bound():
+    prompts = [[5] * n for n in (3, 9, 4, 4, 20, 1, 1)]
+    for bound in (1, 100, 150, 400, 10**6):
+        parts = list(rollout.waves(prompts, 4, 6, bound))
+        assert [i for start, end in parts for i in range(start, end)] == list(range(7)), "each prompt once, in order"
+        for start, end in parts:
+            tokens = (end - start) * 4 * (max(map(len, prompts[start:end])) + 6)
+            assert tokens <= bound or end - start == 1
+    assert list(rollout.waves(prompts, 4, 6, 10**6)) == [(0, 7)]
+    assert len(list(rollout.waves(prompts, 4, 6, 1))) == 7
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_responses_do_not_depend_on_the_waves(tiny, prompts, temperature):
+    whole = make_sampler(*tiny).generate(prompts, n=4, temperature=temperature, seed=3)
+    for bound in (1, 700, 1500):
+        parts = make_sampler(*tiny, sampler_tokens=bound).generate(prompts, n=4, temperature=temperature, seed=3)
+        assert torch.equal(parts.input_ids, whole.input_ids) and parts.finish_reasons == whole.finish_reasons
+        assert torch.allclose(parts.sampler_logp, whole.sampler_logp, atol=1e-4)
+
+
+def test_the_cache_never_holds_more_than_the_bound(tiny, prompts, monkeypatch):
+    """Keys of a layer, in tokens; half as many again are spare room for long responses."""
+    most = 0
+    forward = tiny[0].model.forward
+
+    def watch(*arguments, **flags):
+        nonlocal most
+        output = forward(*arguments, **flags)
+        keys = flags["past_key_values"].layers[0].keys
+        most = max(most, keys.shape[0] * keys.shape[2])
+        return output
+
+    monkeypatch.setattr(tiny[0].model, "forward", watch)
+    for bound in (2000, 10**6):
+        most = 0
+        make_sampler(*tiny, sampler_tokens=bound).generate(prompts, n=16, temperature=1.0, seed=0)
+        assert (0 < most <= bound) if bound == 2000 else most > 2000
+
+
+def test_random_numbers_belong_to_their_row():
+    numbers = rollout.random_numbers([5, 6, 5], 1000)
+    assert torch.equal(numbers[0], numbers[2]) and not torch.equal(numbers[0], numbers[1])
+    assert torch.equal(rollout.random_numbers([6], 10), numbers[1:2, :10]), "neither on other rows nor on the length"
+    assert numbers.min() >= 0 and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.02
+
+
+def test_a_token_is_the_inverse_of_the_cumulative_distribution(monkeypatch):
+    monkeypatch.setattr(rollout, "AT_ONCE", 8)  # two rows at a time
+    p = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25, 0.0])
+    u = torch.tensor([[0.0], [0.499], [0.501], [0.749], [0.751], [1 - 2**-53]], dtype=torch.float64)
+    ids, logp = rollout.sample_tokens(p.log().expand(6, 6), 1.0, u)
+    assert ids.flatten().tolist() == [1, 1, 3, 3, 4, 4], "never a token of probability 0, at no end"
+    assert torch.allclose(logp.flatten().exp(), p[ids.flatten()])
+    flat = torch.full((1, 200_000), 0.0)
+    assert rollout.sample_tokens(flat, 1.0, torch.tensor([[0.75]], dtype=torch.float64))[0].item() in (149_999, 150_000)
+
+
+def test_a_progress_bar_counts_every_response(tiny, prompts, capsys, monkeypatch):
+    bars = []
+
+    class Bar(rollout.tqdm):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(rollout, "tqdm", Bar)
+    sampler = make_sampler(*tiny, sampler_tokens=700, max_new_tokens=20)
+    sampler.generate(prompts, n=4, temperature=1.0, seed=0, show="evaluation")
+    assert (4 * len(prompts), 4 * len(prompts)) in bars
+    assert "evaluation" in capsys.readouterr().err
+    sampler.generate(prompts, n=4, temperature=1.0, seed=0)
+    assert capsys.readouterr().err == "", "without a name there is none"

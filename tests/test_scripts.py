@@ -210,7 +210,9 @@ def test_sft_learns_from_demonstrations_and_from_a_file(tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"prompt": f"{i}+1=", "response": f"{i + 1}"}) + "\n" for i in range(40)))
     run_script("sft.py", *flags, "--model", "tiny", "--data", pairs, "--steps", 2, "--out", tmp_path / "pairs")
-    assert len(read_jsonl(tmp_path / "pairs" / "metrics.jsonl")) == 3
+    records = read_jsonl(tmp_path / "pairs" / "metrics.jsonl")
+    assert len(records) == 3
+    assert records[2]["eval_loss"] < records[0]["eval_loss"], "of the pairs that are held out"
 
 
 def test_metrics_can_also_go_to_a_tracker(tmp_path):
