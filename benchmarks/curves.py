@@ -62,11 +62,9 @@ METRICS = [
     "response_length_right",
     "response_length_wrong",
     "entropy",
-    "seconds",
-    "seconds_rollout",
-    "seconds_update",
+    "informative_groups",
 ]
-PROCESSES = int(os.environ.get("PROCESSES", 1))  # runs at a time; more than one blurs the seconds, and only those
+PROCESSES = int(os.environ.get("PROCESSES", 1))  # runs at a time, in sweep and seeds
 
 
 # --- running ---
@@ -268,7 +266,7 @@ PANELS = [  # title, y axis, metric
     ("Length of right responses", "tokens", "response_length_right"),
     ("Length of wrong responses", "tokens", "response_length_wrong"),
     ("Entropy of the policy", "nats per token", "entropy"),
-    ("Seconds per step", "seconds", "seconds"),
+    ("Groups with right and wrong responses", "share", "informative_groups"),
     ("DPO: held-out accuracy, one sample", "share", "eval_pass@1"),
 ]
 
@@ -399,5 +397,5 @@ def table_row(*cells) -> str:
 if __name__ == "__main__":
     commands = {"sweep": sweep, "seeds": seeds, "costs": costs, "draw": draw}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        fail(__doc__)
+        fail("usage: python benchmarks/curves.py sweep|seeds|costs|draw")
     commands[sys.argv[1]]()
