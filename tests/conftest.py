@@ -74,6 +74,17 @@ def run_script(script: str, *flags, check: bool = True) -> subprocess.CompletedP
     return result
 
 
+def outputs_with_other_hashes(program: str) -> list[str]:
+    """What a program prints in two processes that differ in the hashes of their strings."""
+    outputs = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        outputs.append(done.stdout)
+    return outputs
+
+
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 

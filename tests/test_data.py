@@ -2,13 +2,10 @@
 
 import collections
 import json
-import os
-import subprocess
-import sys
 
 import datasets
 import pytest
-from conftest import ROOT
+from conftest import ROOT, outputs_with_other_hashes
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -148,18 +145,8 @@ def test_tasks_do_not_depend_on_the_process():
         "    print(hashlib.md5(repr(data.load_task(name)).encode()).hexdigest())\n"
         "print(data.draw(list(range(50)), 7, 1, 20))\n"
     )
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 4
+    one, other = outputs_with_other_hashes(program)
+    assert one == other and len(one.splitlines()) == 4
 
 
 @pytest.mark.parametrize("name", ["arithmetic:1", "arithmetic:6-3", "arithmetic:x", "arithmetic:3-99", "countdown:1"])

@@ -1,13 +1,10 @@
 """tiny/make.py: demonstrations of mixed quality and the new model; and the shipped model, which was made from both."""
 
 import collections
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_sampler
+from conftest import ROOT, make_sampler, outputs_with_other_hashes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data import encode_prompts, load_task
@@ -68,18 +65,8 @@ def test_demonstrations_do_not_depend_on_the_process():
         "from tiny.make import demonstrations\n"
         "print(hashlib.md5(repr(demonstrations(500, 3)).encode()).hexdigest())\n"
     )
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 1
+    one, other = outputs_with_other_hashes(program)
+    assert one == other and len(one.splitlines()) == 1
 
 
 # --- the model ---
