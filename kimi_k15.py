@@ -137,7 +137,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """
     r = rewards.view(-1, group_size)  # [P, G]
     r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
-    return (r - r.mean(dim=1, keepdim=True)).flatten()  # [B]
+    mean = r.mean(dim=1, keepdim=True)  # [P, 1]
+    return (r - mean).flatten()  # [B]
 
 
 def length_rewards(lengths: torch.Tensor, accuracy: list[float], group_size: int) -> torch.Tensor:
