@@ -22,6 +22,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from plumbing.fail import fail, first_line
+from verifiers import start_judge
 
 # Every split comes from this constant and never from the seed of a run:
 # two runs with different seeds must be scored on the same held-out questions, and train on none of them.
@@ -550,6 +551,7 @@ def load_prompts(config, tokenizer, positions: int | None) -> tuple[list[dict], 
     held_out = encode_prompts(held_out, tokenizer, config.template, config.max_prompt_tokens, "held-out")
     longest_prompt = max(len(example["prompt_ids"]) for example in train + held_out)
     check_positions(longest_prompt + config.max_new_tokens, positions, "--max-new-tokens")
+    start_judge(train + held_out)
     return train, held_out
 
 

@@ -714,7 +714,7 @@ def as_fraction(text: str) -> str:
 
 
 class MathWorker:
-    """Puts questions to math-verify in another process, started at the first one.
+    """Puts questions to math-verify in another process, started by start_judge or at the first one.
 
     On an answer such as 9^9^9^9 math-verify never comes back, and its own time limit is 5 seconds and works only in
     the main thread. A process can be ended at any point, whatever it is doing and whoever asked.
@@ -817,6 +817,16 @@ class MathWorker:
 
 
 math_worker = MathWorker()
+
+
+def start_judge(examples: list[dict]) -> None:
+    """Start the worker now if one of these examples needs it: it takes seconds, and had better fail at the start."""
+    if any(example["verifier"] == "math" for example in examples):
+        with math_worker.lock:
+            if math_worker.process is None:
+                math_worker.start()
+
+
 if hasattr(os, "fork"):
     os.register_at_fork(after_in_child=math_worker.forget)
 

@@ -99,6 +99,8 @@ def packed_attention(module, query, key, value, attention_mask, packing: Pack | 
     """Attention as Transformers computes it by default; given a pack, between the tokens of a row."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if packing is None and attention_mask is not None and query.device.type == "cpu" and "position_bias" not in kwargs:
+        return masked_attention(query, key, value, attention_mask, **kwargs)
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kwargs["is_causal"] = True
@@ -107,6 +109,17 @@ def packed_attention(module, query, key, value, attention_mask, packing: Pack | 
     value = packing.unpack(value)
     out, _ = sdpa_attention_forward(module, query, key, value, None, **kwargs)  # [B, W, heads, d]
     return packing.pack(out), None
+
+
+def masked_attention(query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attention with a mask on a CPU, where query heads share a head of keys and values, [B, heads, t, d] each.
+
+    Transformers would copy keys and values for every query head first: for every token that is sampled, the whole cache.
+    """
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+    )  # [B, heads, t, d]
+    return out.transpose(1, 2).contiguous(), None
 
 
 def use_packed_attention(model) -> None:

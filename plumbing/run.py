@@ -320,10 +320,11 @@ def announce_cost(model, prompts: list[list[int]], responses: int, max_new_token
     if model.device.type != "cpu" or parameters < 50e6:
         return
     tokens = len(prompts) * responses * max_new_tokens + sum(len(prompt) for prompt in prompts) * 2
-    minutes = 2 * parameters * tokens / matrix_rate() / 60  # a product and a sum for each parameter and token
+    seconds = 2 * parameters * tokens / matrix_rate()  # a product and a sum for each parameter and token
+    cost = f"{seconds / 60:.0f} minutes" if seconds > 120 else f"{seconds:.0f} seconds"
     print(
         f"evaluation: {len(prompts)} questions x {responses} responses of at most {max_new_tokens} tokens with "
-        f"{parameters / 1e6:.0f} M parameters on a CPU take {minutes:.0f} minutes or more if all are that long; "
+        f"{parameters / 1e6:.0f} M parameters on a CPU take {cost} or more if all are that long; "
         "--eval-prompts, --eval-samples and --max-new-tokens make it less"
     )
 

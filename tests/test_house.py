@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "rollout": {"batch", "plumbing.cache"},
     "verifiers": set(),
     "rewards": {"verifiers", "plumbing.model_checks"},
-    "data": set(),
+    "data": {"verifiers"},
     "pairs": {"data", "batch", "rewards"},
     "tiny.make": {"data"},
     "plot": set(),
