@@ -1,5 +1,6 @@
 """A batch of responses: the tensors that a rollout gives and that every update learns from, and its parts."""
 
+import random
 from dataclasses import dataclass, field
 
 import torch
@@ -69,10 +70,15 @@ class Rollouts:
             tensors=tensors,
         )
 
-    def minibatch_rows(self, count: int, seed: int) -> list[torch.Tensor]:
-        """`count` random parts of the batch, alike in size as far as possible, each as row numbers in order."""
-        order = torch.randperm(len(self.texts), generator=torch.Generator().manual_seed(seed))
-        return [part.sort().values.to(self.input_ids.device) for part in order.tensor_split(count)]
+    def minibatch_rows(self, count: int, seed: int, epoch: int) -> list[torch.Tensor]:
+        """`count` random parts of the batch, alike in size as far as possible, each as row numbers in order.
+
+        seed: of the step; every step and every epoch has parts of its own
+        """
+        order = list(range(len(self.texts)))
+        random.Random(f"minibatches {seed} {epoch}").shuffle(order)
+        parts = torch.tensor(order).tensor_split(count)
+        return [part.sort().values.to(self.input_ids.device) for part in parts]
 
     def microbatches(self, rows: torch.Tensor, budget: int, together: int = 1):
         """Yield the rows in parts, batches of at most `budget` tokens, padding included; a longer row goes alone.

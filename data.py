@@ -539,20 +539,37 @@ def describe(task: Task, tokenizer, template: str) -> str:
     return "\n".join(lines)
 
 
-def load_prompts(config, tokenizer, positions: int | None) -> tuple[list[dict], list[dict]]:
+# --- the questions of a run ---
+
+
+def read_task(config) -> Task:
+    """The questions of --task and --data. Ends the run if there are fewer than a step draws."""
+    task = load_task(config.task, config.data)
+    check_enough(task.train, config)
+    return task
+
+
+def encode_task(task: Task, config, tokenizer, positions: int | None) -> tuple[list[dict], list[dict]]:
     """The training examples and the first --eval-prompts held-out ones of a run, with their "prompt_ids".
 
     positions: the most tokens that the model takes; None without a limit
     """
-    task = load_task(config.task, config.data)
     print(describe(task, tokenizer, config.template))
     train = encode_prompts(task.train, tokenizer, config.template, config.max_prompt_tokens, "training")
+    check_enough(train, config)
     held_out = task.test[: config.eval_prompts]
     held_out = encode_prompts(held_out, tokenizer, config.template, config.max_prompt_tokens, "held-out")
     longest_prompt = max(len(example["prompt_ids"]) for example in train + held_out)
     check_positions(longest_prompt + config.max_new_tokens, positions, "--max-new-tokens")
     start_judge(train + held_out)
     return train, held_out
+
+
+def check_enough(examples: list[dict], config) -> None:
+    """End the run if a step of RL wants more questions than there are: it has each of them at most once."""
+    wanted = getattr(config, "prompts_per_step", 0)  # a script without rollouts has no such flag
+    if wanted > len(examples):
+        fail(f"--prompts-per-step {wanted}: there are only {len(examples)} questions to train on; lower it")
 
 
 # --- which questions a step sees ---
@@ -565,7 +582,7 @@ def draw(examples: list[dict], n: int, seed: int, step: int) -> list[dict]:
     """
     # Steps walk round and round one shuffled order. The order is renewed when an epoch ends together with a step:
     # renewed within a step, it could bring a question twice in that step.
-    size = len(examples)
+    size = len(examples)  # demonstrations and pairs may be fewer than n: then some come twice
     steps_per_order = size // math.gcd(size, n)
     renewals, steps_done = divmod(step - 1, steps_per_order)  # how often the order was renewed; steps since then
     order = list(range(size))

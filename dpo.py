@@ -1,4 +1,4 @@
-r"""DPO: Direct Preference Optimization (arXiv 2305.18290), and two objectives that change its reward.
+r"""DPO: Direct Preference Optimization (arXiv 2305.18290).
 
 For a question x, y_w is the chosen response and y_l the rejected one; nothing is sampled while the policy learns.
 pi_ref is the model before training, sigma(z) = 1/(1 + exp(-z)). Maximise, averaged over pairs,
@@ -15,17 +15,17 @@ own reward model; the smaller beta is, the further it may move from pi_ref:
     grad J = beta sigma( R(x, y_l) - R(x, y_w) ) { grad log pi(y_w | x) - grad log pi(y_l | x) }
 
 which weighs a pair by how wrong its rewards are. Only the difference counts: log pi(y_w | x) may fall, and often does,
-as long as log pi(y_l | x) falls more. log pi(y | x) is a sum over tokens, so long responses count more; hence
+as long as log pi(y_l | x) falls more. log pi(y | x) is a sum over tokens, so long responses count more. If a label is
+wrong with probability s (--label-smoothing; cDPO, a note by E. Mitchell), J averages both orders:
 
-    dpo_norm  R(x, y) = beta/|y| log( pi(y | x) / pi_ref(y | x) )     length-normalised DPO, Tulu 3 (arXiv 2411.15124)
-    simpo     R(x, y) = beta/|y| log pi(y | x)                        SimPO (arXiv 2405.14734, eq. 4), no reference;
-              J(theta) = log sigma( R(x, y_w) - R(x, y_l) - gamma )   gamma: the target reward margin (eq. 6)
+    J(theta) = (1 - s) log sigma( R(x, y_w) - R(x, y_l) ) + s log sigma( R(x, y_l) - R(x, y_w) )
 
 Kept from grpo.py: token log-probs, the reference, gradients clipped to norm 1. Gone: the sampler in the loop,
 advantages, ratio, clip. Without --data the pairs are the model's own responses: of G to a question, the first right one
 against the first wrong one; or Kimi's long2short (arXiv 2501.12599, section 2.4), for a model that is right but too
-long. Left out: label smoothing, warm-up and decay of the learning rate, and fine-tuning on the chosen responses first,
-as the paper does where another model wrote them (sft.py).
+long. Left out: warm-up and decay of the learning rate, and fine-tuning on the chosen responses first, as the paper
+does where another model wrote them (sft.py). Patches of this file are in family/: dpo_norm.py takes means over tokens,
+simpo.py drops the reference, ipo.py has a squared loss.
 
     python dpo.py
         On a CPU, no download: of a tiny model's responses a verifier makes pairs, and the model learns to think.
@@ -35,16 +35,16 @@ as the paper does where another model wrote them (sft.py).
 
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch.nn.functional import logsigmoid
 
-from data import draw, load_prompts, stop_strings
+from data import draw, encode_task, read_task, stop_strings
 from logprobs import batch_logprobs, load_policy
-from pairs import load_pairs, pair_batch, sample_pairs
+from pairs import Reference, encode_pairs, pair_batch, read_pairs, sample_pairs
 from plumbing.fail import fail
-from plumbing.flags import RunConfig, parse, refuse_changed
+from plumbing.flags import AtLeast, RunConfig, parse, refuse_changed
 from plumbing.processes import gather, sum_gradients
 from plumbing.run import Run
 from rollout import check_sampler, make_sampler
@@ -56,17 +56,16 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     data: tuple[str, ...] = ()  # JSONL file or Hub set of pairs; a second one is held out; empty: the model's own
     eval_prompts: int = 128  # held-out questions or pairs per evaluation
     seed: int = 0  # of the model's own responses, and of the order of the pairs
-    objective: Literal["dpo", "dpo_norm", "simpo"] = "dpo"  # which R and J
     pairs: Literal["verified", "long2short"] = "verified"  # how the model's own responses make pairs
     pair_prompts: int = 1024  # questions to sample responses to, which make the pairs
-    group_size: int = 8  # G: responses to each of them
+    group_size: Annotated[int, AtLeast(2)] = 8  # G: responses to each of them
     steps: int = 80  # updates
     pairs_per_step: int = 64  # pairs in each update
     max_new_tokens: int = 64  # longest response |y|, tokens; longer ones of --data are cut
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     lr: float = 5e-5  # learning rate of AdamW; 5e-7 to 5e-6 for a pretrained model
-    beta: float = 0.0  # beta; 0: 0.5 for dpo, 5 for dpo_norm, 2 for simpo, as it means another thing in each
-    gamma: float = 1.0  # gamma of simpo, in units of its reward
+    beta: float = 0.0  # beta: reward per nat; 0: the paper's 0.1 for --data, and 0.5 for the model's own pairs
+    label_smoothing: float = 0.0  # share of pairs that may be labelled the wrong way round
 
 
 # --- pairs ---
@@ -104,37 +103,18 @@ def long2short_pairs(right: list[bool], lengths: list[int]) -> list[tuple[int, i
 # --- loss ---
 
 
-def dpo_loss(logp, ref_logp, mask, num_pairs, beta=0.5):
-    """-J(theta) of eq. 7 for a micro-batch -> (loss, stats). Losses of micro-batches add up to that of the update.
+def pair_loss(logp, ref_logp, mask, num_pairs, beta, label_smoothing=0.0):
+    """-J(theta) for a micro-batch -> (loss, stats). Losses of micro-batches add up to that of the update.
 
     logp, ref_logp [2N, T]: log pi, log pi_ref of the tokens of N pairs, rows chosen, rejected, chosen, rejected, ...
     mask [2N, T]: True on response tokens; num_pairs: those of the whole update, in all its micro-batches and processes
-    beta: reward per nat; the smaller, the further pi may go from pi_ref (the paper: 0.1, for summaries 0.5)
+    beta: reward per nat; the smaller, the further pi may go from pi_ref
+    label_smoothing: the probability that chosen and rejected are exchanged, below 0.5
     """
     R = beta * ((logp - ref_logp) * mask).sum(1)  # [2N] implicit reward
     margin = R[0::2] - R[1::2]  # [N] chosen - rejected
-    return -logsigmoid(margin).sum() / num_pairs, pair_stats(R, logp, mask)
-
-
-def dpo_norm_loss(logp, ref_logp, mask, num_pairs, beta=5.0):
-    """-J(theta) with the mean, not the sum over tokens, so that long responses do not count more -> (loss, stats).
-
-    Arguments as in dpo_loss; beta: larger, as a mean of log-ratios is smaller than their sum (Tulu 3: 5).
-    """
-    R = beta * ((logp - ref_logp) * mask).sum(1) / mask.sum(1)  # [2N] implicit reward, 1/|y|
-    margin = R[0::2] - R[1::2]  # [N] chosen - rejected
-    return -logsigmoid(margin).sum() / num_pairs, pair_stats(R, logp, mask)
-
-
-def simpo_loss(logp, ref_logp, mask, num_pairs, beta=2.0, gamma=1.0):
-    """-J(theta) of SimPO: the mean log-prob is the reward, and the chosen one has to win by gamma -> (loss, stats).
-
-    Arguments as in dpo_loss, but ref_logp may be None: it is not used. The paper's runs: beta 2 to 10, and
-    gamma/beta 0.1 to 0.8.
-    """
-    R = beta * (logp * mask).sum(1) / mask.sum(1)  # [2N] reward, 1/|y|
-    margin = R[0::2] - R[1::2]  # [N] chosen - rejected
-    return -logsigmoid(margin - gamma).sum() / num_pairs, pair_stats(R, logp, mask)
+    objective = (1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)  # [N]
+    return -objective.sum() / num_pairs, pair_stats(R, logp, mask)
 
 
 def pair_stats(R, logp, mask) -> dict[str, torch.Tensor]:
@@ -161,18 +141,22 @@ def main(config: Config) -> None:
     check_flags(config)
     run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
-    check_sampler(config.sampler)  # wrong flags end the run here, not in an hour
+    check_sampler(config.sampler)
+    if config.data:  # wrong flags and wrong data end the run here, before the weights are loaded
+        train, held_out = read_pairs(config.data)
+    else:
+        task = read_task(config)
 
     policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
-    reference = policy.reference() if config.objective != "simpo" else None
+    reference = Reference(policy.reference())
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     test = []
     sampler = None
     if config.data:
-        train, held_out = load_pairs(config, tokenizer, policy.positions)
+        train, held_out = encode_pairs(train, held_out, config, tokenizer, policy.positions)
     else:
-        questions, test = load_prompts(config, tokenizer, policy.positions)
+        questions, test = encode_task(task, config, tokenizer, policy.positions)
         stop = stop_strings(tokenizer, config.template)
         sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
         if config.resume:  # sampled again, they might differ
@@ -189,28 +173,18 @@ def main(config: Config) -> None:
         show_pairs(train, held_out, config, tokenizer)
         if not config.resume:
             (run.folder / "pairs.json").write_text(json.dumps([train, held_out]))
-    held_out = pair_batch(held_out, tokenizer, accelerator.device)
-    if reference:
-        with accelerator.autocast():
-            held_out["ref_logp"] = batch_logprobs(reference, held_out, config.temperature, config.tokens_per_microbatch)
-    run.start(tokenizer, train, policy=policy, optimizer=optimizer)  # with --resume: as saved
-
-    def pair_loss(logp, ref_logp, mask, num_pairs):
-        """The loss of --objective, with its own beta where none is given."""
-        constants = {"beta": config.beta} if config.beta else {}
-        if config.objective == "dpo":
-            return dpo_loss(logp, ref_logp, mask, num_pairs, **constants)
-        if config.objective == "dpo_norm":
-            return dpo_norm_loss(logp, ref_logp, mask, num_pairs, **constants)
-        return simpo_loss(logp, ref_logp, mask, num_pairs, gamma=config.gamma, **constants)
+    beta = config.beta or (0.1 if config.data else 0.5)
+    run.start(tokenizer, train, policy=policy, optimizer=optimizer, reference=reference)  # with --resume: as saved
+    held_out_batch = pair_batch(held_out, tokenizer, accelerator.device)
+    with accelerator.autocast():
+        held_out_batch["ref_logp"] = reference.logprobs(held_out, config, tokenizer, accelerator.device)
 
     def evaluate(step: int) -> None:
         """Log held-out pairs and, where the pairs are the model's own, held-out questions."""
         with accelerator.autocast():
-            logp = batch_logprobs(policy, held_out, config.temperature, config.tokens_per_microbatch)
-        ref_logp = held_out["ref_logp"] if reference else None
-        mask = held_out.response_mask
-        loss, stats = pair_loss(logp, ref_logp, mask, len(mask) // 2)
+            logp = batch_logprobs(policy, held_out_batch, config.temperature, config.tokens_per_microbatch)
+        mask = held_out_batch.response_mask
+        loss, stats = pair_loss(logp, held_out_batch["ref_logp"], mask, len(held_out), beta, config.label_smoothing)
         run.add_metrics(step, {"eval_loss": loss.item()})
         run.add_metrics(step, {f"eval_{name}": x.mean().item() for name, x in stats.items()})
         if sampler:
@@ -227,29 +201,29 @@ def main(config: Config) -> None:
         pairs = run.share(draw(train, config.pairs_per_step, config.seed, step))  # this process's share
         batch = pair_batch(pairs, tokenizer, accelerator.device)
 
-        # --- log-probs of the reference ---
+        # --- log-probs of the reference: of a pair when it is first drawn, then kept ---
         with accelerator.autocast():
-            if reference:
-                batch["ref_logp"] = batch_logprobs(reference, batch, config.temperature, config.tokens_per_microbatch)
+            batch["ref_logp"] = reference.logprobs(pairs, config, tokenizer, accelerator.device)
 
         # --- update ---
         for micro in batch.microbatches(batch["row"], config.tokens_per_microbatch, together=2):
             with accelerator.autocast():
                 logp, _ = policy(micro, config.temperature)  # [2n, t]
-            ref_logp = micro["ref_logp"] if reference else None
-            loss, stats = pair_loss(logp, ref_logp, micro.response_mask, config.pairs_per_step)
+            loss, stats = pair_loss(
+                logp, micro["ref_logp"], micro.response_mask, config.pairs_per_step, beta, config.label_smoothing
+            )
             accelerator.backward(loss)
-            each_pair = torch.ones_like(stats["margin"], dtype=torch.bool)  # [n, 1] means are over pairs, not tokens
-            run.collect(each_pair, loss, **stats)
+            run.collect(micro.response_mask, loss, **stats)
         sum_gradients(accelerator, parameters)
-        grad_norm = accelerator.clip_grad_norm_(parameters, 1.0)
+        grad_norm = accelerator.clip_grad_norm_(parameters, 1.0).item()
+        run.check_update(batch, grad_norm)  # ends the run if these are not finite
         optimizer.step()
         optimizer.zero_grad()
+        run.check_weights(batch)
         run.lap("seconds_update")  # all since the step began
 
         # --- log, evaluate, save ---
-        tokens = accelerator.reduce(batch.lengths.sum()).item()
-        run.log(step, 1, tokens=tokens, grad_norm=grad_norm.item(), lr=config.lr)
+        run.log(step, 1, grad_norm=grad_norm, lr=config.lr)
         if run.due(config.eval_every, step):
             evaluate(step)
         run.end_step(step)
@@ -261,8 +235,8 @@ def check_flags(config: Config) -> None:
     if config.data:
         names = ("task", "sampler", "pairs", "pair_prompts", "group_size")
         refuse_changed(config, names, "is for pairs of the model's own responses; drop it, or drop --data")
-    if config.objective != "simpo":
-        refuse_changed(config, ("gamma",), "is for --objective simpo; drop it, or add that")
+    if not config.label_smoothing < 0.5:
+        fail(f"--label-smoothing {config.label_smoothing}: below 0.5, or the labels mean their opposite")
 
 
 def check_pairs(train: list[dict], held_out: list[dict], config: Config) -> None:

@@ -21,12 +21,13 @@ the outer loop of Algorithm 1, which renews reference and reward model; here a v
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from data import draw, load_prompts, stop_strings
+from data import draw, encode_task, read_task, stop_strings
 from logprobs import batch_logprobs, load_policy
-from plumbing.flags import RunConfig, parse
+from plumbing.flags import AtLeast, RunConfig, parse
 from plumbing.processes import sum_gradients
 from plumbing.run import Run
 from rewards import parse_weights, score, total
@@ -38,7 +39,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards of rewards.py with their weights
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
-    group_size: int = 8  # G: responses per question
+    group_size: Annotated[int, AtLeast(2)] = 8  # G: responses per question; the group is the baseline
     max_new_tokens: int = 64  # longest response |o|, tokens
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     epochs: int = 1  # mu: passes over each rollout
@@ -53,16 +54,16 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
 # --- advantage ---
 
 
-def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """A_i = (r_i - mean(r)) / (std(r) + 1e-4) within each group: [B] -> [B], rows of a group next to each other.
+def group_advantages(rewards: torch.Tensor, group_size: int, eps: float = 1e-4, ddof: int = 1) -> torch.Tensor:
+    """A_i = (r_i - mean(r)) / (std(r) + eps) within each group: [B] -> [B], rows of a group next to each other.
 
-    The std is the unbiased one (ddof 1, divided by G - 1). A group of equal rewards has advantage exactly 0.
+    The std is divided by G - ddof: 1 is the unbiased one. A group of equal rewards has advantage exactly 0.
     """
     r = rewards.view(-1, group_size)  # [P, G]
     r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
     mean = r.mean(dim=1, keepdim=True)  # [P, 1]
-    std = r.std(dim=1, keepdim=True, correction=1)  # [P, 1]
-    return ((r - mean) / (std + 1e-4)).flatten()  # [B]
+    std = r.std(dim=1, keepdim=True, correction=ddof)  # [P, 1]
+    return ((r - mean) / (std + eps)).flatten()  # [B]
 
 
 # --- kl ---
@@ -71,7 +72,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
 
-    Never negative, and its mean over samples of pi is KL(pi || pi_ref).
+    Never negative, and its mean over samples of pi is KL(pi || pi_ref). But in the loss the samples are held fixed:
+    while pi is pi_old, its expected gradient is exactly that of KL(pi_ref || pi), the other direction.
     """
     log_ratio = ref_logp - logp  # [B, T]
     return log_ratio.exp() - log_ratio - 1
@@ -112,13 +114,14 @@ def main(config: Config) -> None:
     run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
-    check_sampler(config.sampler)  # wrong flags end the run here, not in an hour
+    check_sampler(config.sampler)
+    task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
 
     policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
     reference = policy.reference() if config.beta else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    train, test = load_prompts(config, tokenizer, policy.positions)
+    train, test = encode_task(task, config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
     run.start(tokenizer, train, policy=policy, optimizer=optimizer)  # with --resume: as saved
@@ -155,7 +158,7 @@ def main(config: Config) -> None:
         # --- update: mu epochs over the rollout ---
         grad_norms = []
         for epoch in range(config.epochs):
-            for rows in batch.minibatch_rows(config.minibatches, seed + epoch):
+            for rows in batch.minibatch_rows(config.minibatches, seed, epoch):
                 if not reference:  # without KL, a response without advantage has no gradient
                     rows = rows[batch["advantages"][rows] != 0]
                 for micro in batch.microbatches(rows, config.tokens_per_microbatch):
@@ -174,8 +177,10 @@ def main(config: Config) -> None:
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
                 grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0).item())
+                run.check_update(batch, grad_norms[-1])  # ends the run if these are not finite
                 optimizer.step()  # does nothing where there is no gradient: no KL and no informative group
                 optimizer.zero_grad()
+        run.check_weights(batch)
         sampler.push(policy)  # pi_old <- pi
         run.lap("seconds_update")  # all since the rollout
 

@@ -10,7 +10,10 @@ be off-policy. Hence a squared loss, taken on samples of pi_i while pi moves on:
 
     L(theta) = E[ (r - tau log Z - tau log( pi(y | x) / pi_i(y | x) ))^2 ],   y from pi_i
 
-With mean(r_1..r_G) for tau log Z, minus its gradient over 2 tau is the step
+tau log Z = tau log E[ exp(r / tau) ] tends to the mean of r only as tau grows: for rewards 0 and 1 in equal parts it
+is .50 in the limit, but .93 at tau = .1. The paper takes mean(r_1..r_G) all the same, and says that it works well. At
+pi_i any such constant is a baseline, which changes no expected gradient; further on the minimum of L moves with it.
+Minus the gradient of L over 2 tau is then the step
 
     1/G sum_j { A_j grad log pi(y_j | x) - tau/2 grad ( log( pi(y_j | x) / pi_i(y_j | x) ) )^2 }                   (3)
 
@@ -19,10 +22,11 @@ With mean(r_1..r_G) for tau log Z, minus its gradient over 2 tau is the step
 Several updates per iteration (--epochs, --minibatches); only from the second on is the penalty at work. tau is not in
 the paper, and its scale depends on length: log(pi/pi_i) is a sum over tokens, larger for longer responses.
 Kept from the paper: the optimiser starts anew in every iteration; the length reward (section 2.3.3); easy questions
-first, then those that fail most (section 2.3.4). Gone from grpo.py: std, ratio, clip, the mean over tokens 1/|o_i|, the
-KL to the starting model. Kept from it: gradients clipped to norm 1. Left out: partial rollouts, the learned reward
-models, and the two filters of section 2.1, which rate questions by a model's responses (too easy or too hard; right by
-a guess).
+first, then those that fail most (section 2.3.4). The first step of a new Adam is lr times the sign of each gradient:
+the scale of the rewards and the clipping of gradients change nothing in it. Gone from grpo.py: std, ratio, clip, the
+mean over tokens 1/|o_i|, the KL to the starting model. Kept from it: gradients clipped to norm 1. Left out: partial
+rollouts, the learned reward models, and the two filters of section 2.1, which rate questions by a model's responses
+(too easy or too hard; right by a guess).
 
     python kimi_k15.py
         On a CPU, no download: a tiny model learns to think before it answers, and is right.
@@ -34,13 +38,14 @@ a guess).
 import math
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from data import draw, load_prompts, stop_strings
+from data import draw, encode_task, read_task, stop_strings
 from logprobs import batch_logprobs, load_policy
 from plumbing.fail import fail
-from plumbing.flags import RunConfig, parse
+from plumbing.flags import AtLeast, RunConfig, parse
 from plumbing.processes import gather, sum_gradients
 from plumbing.run import Run
 from rewards import parse_weights, score, total
@@ -52,7 +57,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards of rewards.py with their weights
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
-    group_size: int = 8  # G: responses per question
+    group_size: Annotated[int, AtLeast(2)] = 8  # G: responses per question; the group is the baseline
     max_new_tokens: int = 64  # longest response |o|, tokens
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     epochs: int = 2  # passes over each rollout
@@ -94,12 +99,16 @@ class SuccessRates:
         self.counts = state
 
 
+def check_levels(examples: list[dict], config: Config) -> None:
+    """End the run if --curriculum has nothing to go by."""
+    if config.curriculum and any("level" not in example for example in examples):
+        fail("--curriculum needs questions with a level; drop it, or use a procedural --task")
+
+
 def easy_first(examples: list[dict], n: int, step: int, steps: int) -> list[dict]:
     """The easiest questions by their level: a share step/steps of all, but at least n; from step `steps` on, all."""
     if step >= steps:
         return examples
-    if any("level" not in example for example in examples):
-        fail("--curriculum needs questions with a level; drop it, or use a procedural --task")
     size = max(n, math.ceil(len(examples) * step / steps))
     return sorted(examples, key=lambda example: example["level"])[:size]
 
@@ -124,6 +133,8 @@ def draw_questions(examples: list[dict], rates: SuccessRates, config: Config, st
     pool = easy_first(examples, n, step, config.curriculum)
     if config.prioritised:
         return draw_weighted(pool, [1 - rates.of(example) for example in pool], n, config.seed, step)
+    if len(pool) < len(examples):  # while the list grows, draw would skip some questions and repeat others
+        return random.Random(f"draw uniform {config.seed} {step}").sample(pool, n)
     return draw(pool, n, config.seed, step)
 
 
@@ -196,13 +207,15 @@ def main(config: Config) -> None:
     run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
-    check_sampler(config.sampler)  # wrong flags end the run here, not in an hour
+    check_sampler(config.sampler)
+    task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
+    check_levels(task.train, config)
 
     policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rates = SuccessRates()
-    train, test = load_prompts(config, tokenizer, policy.positions)
+    train, test = encode_task(task, config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
     run.start(tokenizer, train, policy=policy, optimizer=optimizer, rates=rates)  # with --resume: as saved
@@ -231,9 +244,10 @@ def main(config: Config) -> None:
         examples = [questions[i] for i in batch.prompt_index.tolist()]  # the question of each of the B responses
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
         rewards = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
-        if step >= config.length_from:
+        if config.length_weight and step >= config.length_from:
             shorter = length_rewards(batch.lengths, scores["accuracy"], config.group_size)  # [B]
             rewards = rewards + config.length_weight * shorter  # [B]
+            scores["length"] = shorter.tolist()  # logged as reward/length
         batch["rewards"] = rewards
         rates.record(examples, scores["accuracy"])
         batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
@@ -242,7 +256,7 @@ def main(config: Config) -> None:
         optimizer.state.clear()  # another pi_i is another problem: no momentum from the last one
         grad_norms = []
         for epoch in range(config.epochs):
-            for rows in batch.minibatch_rows(config.minibatches, seed + epoch):
+            for rows in batch.minibatch_rows(config.minibatches, seed, epoch):
                 for micro in batch.microbatches(rows, config.tokens_per_microbatch):
                     with accelerator.autocast():
                         logp, entropy = policy(micro, config.temperature)  # [b, t] each
@@ -258,8 +272,10 @@ def main(config: Config) -> None:
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
                 grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0).item())
+                run.check_update(batch, grad_norms[-1])  # ends the run if these are not finite
                 optimizer.step()  # does nothing where there is no gradient: pi is pi_i and no informative group
                 optimizer.zero_grad()
+        run.check_weights(batch)
         sampler.push(policy)  # pi_i <- pi
         run.lap("seconds_update")  # all since the rollout
 

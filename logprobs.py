@@ -31,9 +31,9 @@ class Policy(torch.nn.Module):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, batch: Rollouts, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Rollouts, temperature: float, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the response tokens, [B, T] each: see token_logprobs."""
-        return token_logprobs(self.model, batch, temperature)
+        return token_logprobs(self.model, batch, temperature, dtype)
 
     @property
     def positions(self) -> int | None:
@@ -123,11 +123,14 @@ def quieten_transformers() -> None:
 # --- log-probs ---
 
 
-def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the response tokens, with gradient, and entropies in nats, without: [B, T] float32, 0 off the mask.
+def token_logprobs(
+    model, batch: Rollouts, temperature: float, dtype=torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the response tokens, with gradient, and entropies in nats, without: [B, T], 0 off the mask.
 
     Taken at the sampling temperature: the policy that acted is softmax(logits / temperature). The LM head runs on
     response positions only and in chunks, so the logits [B, T, V] are never all in memory.
+    dtype: of the softmax and the results; float64, with a model in float64, is for comparing with another reference
     """
     hidden = response_states(model.base_model, batch)  # [N, H] N response tokens
     targets = batch.response_ids[batch.response_mask]  # [N]
@@ -137,9 +140,9 @@ def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Te
     entropies = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         if len(targets) > chunk:  # the logits of a chunk are not kept for the backward pass, but computed again
-            logp, entropy = checkpoint(head_logprobs, head, h, y, temperature, use_reentrant=False)
+            logp, entropy = checkpoint(head_logprobs, head, h, y, temperature, dtype, use_reentrant=False)
         else:
-            logp, entropy = head_logprobs(head, h, y, temperature)
+            logp, entropy = head_logprobs(head, h, y, temperature, dtype)
         logps.append(logp)
         entropies.append(entropy)
     logp = on_mask(torch.cat(logps), batch.response_mask)  # [B, T]
@@ -147,9 +150,9 @@ def token_logprobs(model, batch: Rollouts, temperature: float) -> tuple[torch.Te
     return logp, entropy
 
 
-def head_logprobs(head, hidden, targets, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+def head_logprobs(head, hidden, targets, temperature, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target and entropy of its distribution, [N] each, from hidden states [N, H]."""
-    log_p = (head(hidden).float() / temperature).log_softmax(-1)  # [N, V]
+    log_p = (head(hidden).to(dtype) / temperature).log_softmax(-1)  # [N, V]
     entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)  # [N]
     logp = log_p.gather(-1, targets[:, None]).squeeze(-1)  # [N]
     return logp, entropy
@@ -193,11 +196,13 @@ def batch_logprobs(policy: Policy, batch: Rollouts, temperature: float, budget: 
 class Value(torch.nn.Module):
     """The value network V: the body of a causal language model, and a linear head that gives one number per token."""
 
-    def __init__(self, body, head: torch.nn.Linear | None = None):
+    def __init__(self, body, head: torch.nn.Linear | None = None, gradient_checkpointing: bool = False):
         """head: the trained head of a reward model or of another value network; without one V is 0 at first."""
         super().__init__()
         self.body = body
         use_packed_attention(body)
+        if gradient_checkpointing:
+            body.gradient_checkpointing_enable({"use_reentrant": False})
         self.head = torch.nn.Linear(body.config.get_text_config().hidden_size, 1)
         self.head.weight.data.zero_()
         self.head.bias.data.zero_()
@@ -207,13 +212,13 @@ class Value(torch.nn.Module):
                 self.head.bias.data.copy_(head.bias)
         self.eval()  # no dropout
 
-    def forward(self, batch: Rollouts) -> torch.Tensor:
-        """V_t of the response tokens, with gradient: [B, T] float32, 0 off the mask. V_t is taken before token t."""
+    def forward(self, batch: Rollouts, dtype=torch.float32) -> torch.Tensor:
+        """V_t of the response tokens, with gradient: [B, T], 0 off the mask. V_t is taken before token t."""
         V = self.head(response_states(self.body, batch)).squeeze(-1)  # [N]
-        return on_mask(V.float(), batch.response_mask)
+        return on_mask(V.to(dtype), batch.response_mask)
 
 
-def load_value(path: str, device: torch.device, tokenizer=None) -> Value:
+def load_value(path: str, device: torch.device, tokenizer=None, gradient_checkpointing: bool = False) -> Value:
     """The value network that starts from a language model, or from a reward model together with its head.
 
     The body is that of the class that the folder's config.json names, and the head is the linear layer beside it that
@@ -245,7 +250,7 @@ def load_value(path: str, device: torch.device, tokenizer=None) -> Value:
         fail(f"--value-model {path}: its states depend on later tokens; it needs a causal model")
     if head is not None and not scores_are_head_of_states(model, head):
         fail(f"--value-model {path}: there is more than a linear head on its states, which is not supported here")
-    return Value(model.base_model, head).to(device)
+    return Value(model.base_model, head, gradient_checkpointing).to(device)
 
 
 def scalar_head(model) -> torch.nn.Linear | None:
@@ -280,3 +285,18 @@ def batch_values(value: Value, batch: Rollouts, budget: int) -> torch.Tensor:
         part = value(micro)  # [b, t]
         values[micro["row"], : part.shape[1]] = part
     return values
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, all_sum, eps=1e-8) -> float:
+    """1 - Var(returns - values) / (Var(returns) + eps) over the tokens on the mask, [B, T] each.
+
+    1: V predicts every return; 0: no better than a constant; below: worse. Returns that are all equal leave 1 or less.
+    all_sum adds up a number over the processes.
+    """
+    n = all_sum(mask.sum())  # tokens
+
+    def variance(x):
+        mean = all_sum((x * mask).sum()) / n
+        return all_sum(((x - mean) * mask).square().sum()) / n
+
+    return 1 - (variance(returns - values) / (variance(returns) + eps)).item()

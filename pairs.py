@@ -7,9 +7,10 @@ data.py has. A demonstration has "prompt", "response", "prompt_ids" and "respons
 
 import math
 
+import torch
 from tqdm import tqdm
 
-from batch import Rollouts, collate
+from batch import Rollouts, collate, right_pad
 from data import (
     COLUMNS,
     SPLIT_SEED,
@@ -23,7 +24,9 @@ from data import (
     resolve_template,
     warn_about_control_tokens,
 )
+from logprobs import batch_logprobs
 from plumbing.fail import fail
+from plumbing.processes import gather
 from rewards import score
 
 RESPONSES = ("chosen", "rejected")
@@ -32,23 +35,30 @@ RESPONSES = ("chosen", "rejected")
 # --- preference pairs from a file or from the Hub ---
 
 
-def load_pairs(config, tokenizer, positions: int | None) -> tuple[list[dict], list[dict]]:
-    """The training pairs and the first --eval-prompts held-out ones of --data.
-
-    The tokenizer's end token ends a response, also where a chat template ends its turns with another one. What is
-    longer than --max-new-tokens is cut, and has no end. Left out: prompts longer than --max-prompt-tokens; pairs of two
-    equal responses. No held-out prompt is trained on.
-    positions: the most tokens that the model takes; None without a limit
-    """
-    if len(config.data) > 2:
+def read_pairs(sources: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
+    """The training and the held-out pairs of --data, as text. No held-out prompt is trained on."""
+    if len(sources) > 2:
         fail("--data takes one source of pairs, or two: TRAIN.jsonl HELD_OUT.jsonl")
-    train, test = read_preferences(config.data[0])
-    if len(config.data) == 2:
-        second_train, second_test = read_preferences(config.data[1])
+    train, test = read_preferences(sources[0])
+    if len(sources) == 2:
+        second_train, second_test = read_preferences(sources[1])
         test = second_test or second_train
     train, test = split_by_prompt(train, test)
     if not train:
-        fail(f"{config.data[0]}: no pair is left to train on; --data needs pairs of two different prompts")
+        fail(f"{sources[0]}: no pair is left to train on; --data needs pairs of two different prompts")
+    return train, test
+
+
+def encode_pairs(
+    train: list[dict], test: list[dict], config, tokenizer, positions: int | None
+) -> tuple[list[dict], list[dict]]:
+    """The training pairs and the first --eval-prompts held-out ones, with their token ids.
+
+    The tokenizer's end token ends a response, also where a chat template ends its turns with another one. What is
+    longer than --max-new-tokens is cut, and has no end. Left out: prompts longer than --max-prompt-tokens; pairs of two
+    equal responses.
+    positions: the most tokens that the model takes; None without a limit
+    """
     train = encode_preferences(train, tokenizer, config, "training")
     held_out = encode_preferences(test[: config.eval_prompts], tokenizer, config, "held-out")
     longest = max(max(tokens_together(pair, "chosen"), tokens_together(pair, "rejected")) for pair in train + held_out)
@@ -259,6 +269,45 @@ def pair_batch(pairs: list[dict], tokenizer, device) -> Rollouts:
         responses.append(pair["chosen_ids"])
         responses.append(pair["rejected_ids"])
     return batch_of_texts(prompts, responses, tokenizer, device)
+
+
+class Reference:
+    """The reference policy of pairs. Log-probs of a pair are computed when it is first drawn, and kept with the run."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.kept = {}  # the token ids of a pair -> the log-probs of its chosen and of its rejected response
+
+    def logprobs(self, pairs: list[dict], config, tokenizer, device) -> torch.Tensor:
+        """[2N, T] log pi_ref of the response tokens of N pairs, rows as in pair_batch; 0 off the mask."""
+        new = {}
+        for pair in pairs:
+            if ids_of(pair) not in self.kept:
+                new[ids_of(pair)] = pair
+        if new:
+            batch = pair_batch(list(new.values()), tokenizer, device)
+            logp = batch_logprobs(self.policy, batch, config.temperature, config.tokens_per_microbatch)  # [2n, T]
+            rows = [row[:length] for row, length in zip(logp.tolist(), batch.lengths.tolist(), strict=True)]
+            found = {ids: rows[2 * i : 2 * i + 2] for i, ids in enumerate(new)}
+        else:
+            found = {}
+        for of_process in gather([found]):  # so that the first one, which saves them, has them all
+            self.kept |= of_process
+        rows = []
+        for pair in pairs:
+            rows += self.kept[ids_of(pair)]
+        return right_pad(rows, 0.0, device)
+
+    def state_dict(self) -> dict:
+        return self.kept
+
+    def load_state_dict(self, state: dict) -> None:
+        self.kept = state
+
+
+def ids_of(pair: dict) -> tuple:
+    """What two pairs have in common only if all their tokens are equal."""
+    return tuple(tuple(pair[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 
 # --- demonstrations ---

@@ -18,26 +18,31 @@ starts at zero, and minimises
 
 where the old values V_old, like A and R, are those of the rollout. Then A is whitened over its tokens: mean 0, std 1.
 GRPO (grpo.py) drops V, and with it gamma, lam and the value loss: the mean of the group is the baseline.
-Kept from PPO: all of the above; several updates per rollout by --epochs and --minibatches, 1 as in grpo.py (the clips
-act only with more). With gamma = lam = 1 (the default) A_t is the return minus V_t. Added: the gradient of each network
-is clipped to norm 1. Left out: an adaptive beta, the entropy bonus, a penalty for responses without an end. PPO needs
-one response per question only; --group-size stays, so that rollouts equal those of grpo.py. With a learned reward, as
-in RLHF, V starts from the reward model: --rewards path/to/reward_model=1 --value-model path/to/reward_model.
+From the paper: the ratio and its clip, GAE, several updates per rollout (--epochs, --minibatches; with a single one the
+clips never act, and with gamma = lam = 1 besides A_t is the return minus V_t). From elsewhere: the clip in the value
+loss (OpenAI baselines; eq. 9 of the paper has none), the KL in the reward and whitening (Ziegler et al., arXiv
+1909.08593; InstructGPT, arXiv 2203.02155). Added: the gradient of each network is clipped to norm 1; a std of A below
+0.05 counts as 0.05, since where all rewards are equal whitening would make the noise of V as large as a signal. Left
+out: an adaptive beta, the entropy bonus, a penalty for responses without an end, one loss that adds up both networks'.
+PPO needs one response per question only (--group-size 1 --prompts-per-step 128); 8 makes rollouts equal to grpo.py's.
+With a learned reward, as in RLHF, V starts from the reward model: --rewards and --value-model name the same path.
 
     python ppo.py
         On a CPU, no download: a tiny model learns to think before it answers, and is right.
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --max-new-tokens 512 --lr 1e-6 --value-lr 1e-5 \
                   --value-warmup 10 --steps 200 --tokens-per-microbatch 16384
-        On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1 and value_loss.
+        On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1 and
+        explained_variance.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from data import draw, load_prompts, stop_strings
-from logprobs import batch_logprobs, batch_values, load_policy, load_value
-from plumbing.flags import RunConfig, parse
+from data import draw, encode_task, read_task, stop_strings
+from logprobs import batch_logprobs, batch_values, explained_variance, load_policy, load_value
+from plumbing.flags import AtLeast, RunConfig, parse
 from plumbing.processes import sum_gradients
 from plumbing.run import Run
 from rewards import parse_weights, score, total
@@ -49,22 +54,21 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards of rewards.py with their weights
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
-    group_size: int = 8  # G: responses per question
+    group_size: Annotated[int, AtLeast(1)] = 8  # G: responses per question; one is enough, since V is the baseline
     max_new_tokens: int = 64  # longest response |o|, tokens
     temperature: float = 1.0  # of the policy, when it samples and when it learns
-    epochs: int = 1  # mu: passes over each rollout
-    minibatches: int = 1  # updates per pass
+    epochs: int = 2  # mu: passes over each rollout
+    minibatches: int = 2  # updates per pass
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
     tis: float = 0.0  # truncated importance sampling: weight by pi_old/pi_sampler, capped at this (try 2); 0: off
     gamma: float = 1.0  # discount per token
-    lam: float = 1.0  # lambda of GAE: 1 takes the whole return, 0 only the next reward and V
+    lam: float = 0.95  # lambda of GAE: 1 takes the whole return, 0 only the next reward and V
     clamp_kl: bool = False  # the KL of a token is clamped at 0, which biases it upwards
     value_model: str = ""  # folder or Hub name that the value network starts from; empty: that of the policy
     value_lr: float = 1e-3  # learning rate of the value network; 1e-5 for a pretrained one
-    value_coef: float = 0.5  # weight of the value loss
     value_clip: float = 0.2  # eps of the value loss
     value_warmup: int = 0  # first steps, in which only the value network learns
 
@@ -88,16 +92,18 @@ def gae(rewards, values, mask, gamma, lam) -> torch.Tensor:
     return A[:, :-1]  # [B, T]
 
 
-def whiten(x, mask, all_sum) -> torch.Tensor:
-    """(x - mean) / (std + 1e-4) over the tokens on the mask: [B, T] -> [B, T], 0 off the mask.
+def whiten(x, mask, all_sum, eps=0.05, ddof=1) -> torch.Tensor:
+    """(x - mean) / max(std, eps) over the tokens on the mask: [B, T] -> [B, T], 0 off the mask.
 
-    The std is the unbiased one (ddof 1). all_sum adds up a number over the processes.
+    eps: where all rewards are equal, A is the noise of V alone; a smaller std than this is not stretched to 1
+    ddof: the std of n tokens is divided by n - ddof; a single token is 0
+    all_sum adds up a number over the processes.
     """
     n = all_sum(mask.sum())  # tokens
     mean = all_sum((x * mask).sum()) / n
     centred = (x - mean) * mask  # [B, T] mean 0
-    variance = all_sum(centred.square().sum()) / (n - 1)
-    return centred / (variance.sqrt() + 1e-4)  # [B, T] std 1
+    variance = all_sum(centred.square().sum()) / (n - ddof).clamp(min=1)
+    return centred / variance.sqrt().clamp(min=eps)  # [B, T] std 1
 
 
 # --- kl ---
@@ -130,15 +136,20 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
     objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, T]
     is_clipped = clipped * A < ratio * A  # [B, T] where the clip binds there is no gradient
-    stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per token; logged as mean and maximum
+    approx_kl = ratio - 1 - (logp - old_logp)  # [B, T] of KL(pi_old || pi), as kl_k3 of grpo.py
+    stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio, "approx_kl": approx_kl}  # per token
     return -(objective * mask).sum() / num_tokens, stats  # mean_t
 
 
 def value_loss(values, old_values, returns, mask, num_tokens, clip):
     """The loss of V for a micro-batch -> (loss, stats): values, old_values, returns and mask are [B, T] each."""
     clipped = values.clamp(old_values - clip, old_values + clip)  # [B, T]
-    error = 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())  # [B, T] the worse one
-    return (error * mask).sum() / num_tokens, {"value_loss": error}  # mean_t
+    squared = (values - returns).square()  # [B, T]
+    clipped_squared = (clipped - returns).square()  # [B, T]
+    error = 0.5 * torch.maximum(squared, clipped_squared)  # [B, T] the worse one
+    is_clipped = clipped_squared > squared  # [B, T] there V has no gradient
+    stats = {"value_loss": error, "value_clip_fraction": is_clipped.float()}
+    return (error * mask).sum() / num_tokens, stats  # mean_t
 
 
 # --- training ---
@@ -148,16 +159,18 @@ def main(config: Config) -> None:
     run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
-    check_sampler(config.sampler)  # wrong flags end the run here, not in an hour
+    check_sampler(config.sampler)
+    task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
 
     policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
     reference = policy.reference() if config.beta else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    value = load_value(config.value_model or config.model, accelerator.device, tokenizer)
+    value_path = config.value_model or config.model
+    value = load_value(value_path, accelerator.device, tokenizer, config.gradient_checkpointing)
     value_parameters = list(value.parameters())
     optimizer.add_param_group({"params": value_parameters, "lr": config.value_lr})
-    train, test = load_prompts(config, tokenizer, policy.positions)
+    train, test = encode_task(task, config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
     run.start(tokenizer, train, policy=policy, value=value, optimizer=optimizer)  # with --resume: as saved
@@ -197,16 +210,24 @@ def main(config: Config) -> None:
         A = gae(r, batch["values"], mask, config.gamma, config.lam)  # [B, T]
         batch["returns"] = A + batch["values"]  # [B, T] R, what V learns
         batch["advantages"] = whiten(A, mask, accelerator.reduce)  # [B, T]
+        reward_to_go = gae(r, torch.zeros_like(r), mask, config.gamma, lam=1.0)  # [B, T] unlike R, without any V in it
+        explained = explained_variance(batch["values"], reward_to_go, mask, accelerator.reduce)
 
         # --- update: mu epochs over the rollout ---
         grad_norms = []
+        value_grad_norms = []
         for epoch in range(config.epochs):
-            for rows in batch.minibatch_rows(config.minibatches, seed + epoch):
+            for rows in batch.minibatch_rows(config.minibatches, seed, epoch):
                 num_tokens = accelerator.reduce(batch.lengths[rows].sum())  # of the update
                 for micro in batch.microbatches(rows, config.tokens_per_microbatch):
                     with accelerator.autocast():
-                        logp, entropy = policy(micro, config.temperature)  # [b, t] each
                         values = value(micro)  # [b, t] V
+                    loss_v, stats_v = value_loss(
+                        values, micro["values"], micro["returns"], micro.response_mask, num_tokens, config.value_clip
+                    )
+                    accelerator.backward(loss_v)  # frees the graph of V before that of the policy is built
+                    with accelerator.autocast():
+                        logp, entropy = policy(micro, config.temperature)  # [b, t] each
                     old_logp = micro["old_logp"] if updates > 1 else logp.detach()
                     gap = old_logp - micro.sampler_logp  # [b, t] trainer minus sampler, a matter of rounding
                     weight = gap.exp().clamp(max=config.tis) if config.tis else 1.0  # [b, t]
@@ -215,27 +236,28 @@ def main(config: Config) -> None:
                         config.clip_low, config.clip_high,
                         weight,
                     )  # fmt: skip
-                    loss_v, stats_v = value_loss(
-                        values, micro["values"], micro["returns"], micro.response_mask, num_tokens, config.value_clip
-                    )
-                    loss = loss if step > config.value_warmup else 0.0  # at first only V learns
-                    loss = config.value_coef * loss_v + loss
                     stats |= stats_v
                     if reference:  # only to be logged
                         stats["kl"] = micro["old_logp"] - micro["ref_logp"]
-                    accelerator.backward(loss)
+                    if step > config.value_warmup:  # at first only V learns
+                        accelerator.backward(loss)
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
                 sum_gradients(accelerator, value_parameters)
-                accelerator.clip_grad_norm_(value_parameters, 1.0)  # apart: V's errors do not shorten the policy's step
+                # Clipped apart: V's errors do not shorten the policy's step.
+                value_grad_norms.append(accelerator.clip_grad_norm_(value_parameters, 1.0).item())
                 grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0).item())
+                run.check_update(batch, grad_norms[-1], value_grad_norms[-1])  # ends the run if these are not finite
                 optimizer.step()  # does nothing where there is no gradient: to the policy, in the warm-up of V
                 optimizer.zero_grad()
+        run.check_weights(batch)
         sampler.push(policy)  # pi_old <- pi
         run.lap("seconds_update")  # all since the rollout
 
         # --- log, evaluate, save ---
         run.log(step, updates, batch, scores, grad_norm=torch.tensor(grad_norms).mean().item(), lr=config.lr)
+        value_grad_norm = torch.tensor(value_grad_norms).mean().item()
+        run.add_metrics(step, {"explained_variance": explained, "value_grad_norm": value_grad_norm})
         if step == 1 or run.due(config.eval_every, step):
             run.samples(step, batch, examples, scores, advantage=batch["advantages"])
         if run.due(config.eval_every, step):

@@ -237,7 +237,8 @@ def rollout_metrics(
 
     rewards: B numbers; scores: B numbers per named reward; lengths: B numbers of tokens;
     finish_reasons: B times "stop" or "length"; unchecked: B times 1.0 or 0.0, or nothing if all could be checked.
-    The mean length of the right (or wrong) responses is None without any.
+    The mean length of the right (or wrong) responses is None without any; where a group is one response, so are the std
+    within a group and the share of groups that have one.
     """
     groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
     right = []  # the lengths of the right responses
@@ -251,13 +252,14 @@ def rollout_metrics(
     metrics = {"reward": mean(rewards)}
     for name, values in scores.items():
         metrics[f"reward/{name}"] = mean(values)
-    metrics["reward_std"] = mean([stdev(group) for group in groups])  # within a group, ddof 1
+    metrics["reward_std"] = mean([stdev(group) for group in groups]) if group_size > 1 else None  # ddof 1
     metrics["accuracy"] = len(right) / len(rewards)
     metrics["response_length"] = mean(lengths)
     metrics["response_length_right"] = mean(right) if right else None
     metrics["response_length_wrong"] = mean(wrong) if wrong else None
     metrics["truncated"] = finish_reasons.count("length") / len(rewards)
-    metrics["informative_groups"] = mean([float(max(group) > min(group)) for group in groups])
+    differ = [float(max(group) > min(group)) for group in groups]
+    metrics["informative_groups"] = mean(differ) if group_size > 1 else None
     metrics["tokens"] = sum(lengths)
     metrics["unchecked"] = mean(unchecked) if unchecked else 0.0
     return metrics

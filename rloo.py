@@ -21,12 +21,13 @@ responses it soon leaves the clip range.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from data import draw, load_prompts, stop_strings
+from data import draw, encode_task, read_task, stop_strings
 from logprobs import batch_logprobs, load_policy
-from plumbing.flags import RunConfig, parse
+from plumbing.flags import AtLeast, RunConfig, parse
 from plumbing.processes import sum_gradients
 from plumbing.run import Run
 from rewards import parse_weights, score, total
@@ -38,7 +39,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards of rewards.py with their weights
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
-    group_size: int = 8  # G: responses per question
+    group_size: Annotated[int, AtLeast(2)] = 8  # G: responses per question; the group is the baseline
     max_new_tokens: int = 64  # longest response |o|, tokens
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     epochs: int = 1  # mu: passes over each rollout
@@ -84,7 +85,7 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, 1]
     objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, 1]
     is_clipped = clipped * A < ratio * A  # [B, 1] where the clip binds there is no gradient
-    stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per token; logged as mean and maximum
+    stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per response; logged as mean and maximum
     per_response = objective.squeeze(1)  # [B] one action
     return -per_response.sum() / num_responses, stats  # 1/G sum_i
 
@@ -96,13 +97,14 @@ def main(config: Config) -> None:
     run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
-    check_sampler(config.sampler)  # wrong flags end the run here, not in an hour
+    check_sampler(config.sampler)
+    task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
 
     policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
     reference = policy.reference() if config.beta else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    train, test = load_prompts(config, tokenizer, policy.positions)
+    train, test = encode_task(task, config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
     run.start(tokenizer, train, policy=policy, optimizer=optimizer)  # with --resume: as saved
@@ -141,7 +143,7 @@ def main(config: Config) -> None:
         # --- update: mu epochs over the rollout ---
         grad_norms = []
         for epoch in range(config.epochs):
-            for rows in batch.minibatch_rows(config.minibatches, seed + epoch):
+            for rows in batch.minibatch_rows(config.minibatches, seed, epoch):
                 if not reference:  # without KL, a response without advantage has no gradient
                     rows = rows[batch["advantages"][rows] != 0]
                 for micro in batch.microbatches(rows, config.tokens_per_microbatch):
@@ -160,8 +162,10 @@ def main(config: Config) -> None:
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
                 grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0).item())
+                run.check_update(batch, grad_norms[-1])  # ends the run if these are not finite
                 optimizer.step()  # does nothing where there is no gradient: no KL and no informative group
                 optimizer.zero_grad()
+        run.check_weights(batch)
         sampler.push(policy)  # pi_old <- pi
         run.lap("seconds_update")  # all since the rollout
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from data import check_positions, draw, load_prompts, stop_strings
+from data import check_positions, draw, encode_task, read_task, stop_strings
 from logprobs import Policy, batch_logprobs, load_policy
 from pairs import demonstration_batch, encode_demonstrations, load_demonstrations, tokens_together
 from plumbing.fail import fail
@@ -64,6 +64,8 @@ def main(config: Config) -> None:
     accelerator = run.accelerator
     if check_sampler(config.sampler) == "vllm" and config.model == "scratch":
         fail("--sampler vllm loads a model from a folder: a new one needs --sampler hf")
+    task = read_task(dataclasses.replace(config, data=()))  # wrong data end the run here, before the weights are loaded
+    pairs, held_out = load_demonstrations(config.data) if config.data else (demonstrations(), [])
 
     if config.model == "scratch":
         model, tokenizer = new_model(config.seed)
@@ -80,15 +82,12 @@ def main(config: Config) -> None:
         return min((done + 1) / warmup, cosine)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
-    pairs = demonstrations()
-    held_out = []
-    if config.data:
-        pairs, held_out = load_demonstrations(config.data)
+    if held_out:
         held_out = encode_demonstrations(held_out[: config.eval_prompts], tokenizer, config, "held-out")
     pairs = encode_demonstrations(pairs, tokenizer, config, "training")
     longest = max(tokens_together(pair, "response") for pair in pairs + held_out)
     check_positions(longest, policy.positions, "--max-response-tokens")
-    _, test = load_prompts(dataclasses.replace(config, data=()), tokenizer, policy.positions)
+    _, test = encode_task(task, config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
     # With --resume these are given the state in which they were saved.
@@ -124,15 +123,17 @@ def main(config: Config) -> None:
             accelerator.backward(loss)
             run.collect(micro.response_mask, loss, entropy=entropy)
         sum_gradients(accelerator, parameters)
-        grad_norm = accelerator.clip_grad_norm_(parameters, 1.0)
+        grad_norm = accelerator.clip_grad_norm_(parameters, 1.0).item()
+        run.check_update(batch, grad_norm)  # ends the run if these are not finite
         optimizer.step()
         optimizer.zero_grad()
+        run.check_weights(batch)
         lr = schedule.get_last_lr()[0]
         schedule.step()
         run.lap("seconds_update")
 
         # --- log, evaluate, save ---
-        run.log(step, 1, grad_norm=grad_norm.item(), lr=lr)
+        run.log(step, 1, grad_norm=grad_norm, lr=lr)
         if run.due(config.eval_every, step):
             evaluate(step)
         run.end_step(step)

@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
 from batch import collate, left_pad  # noqa: E402
-from data import load_prompts, stop_strings  # noqa: E402
+from data import encode_task, read_task, stop_strings  # noqa: E402
 from logprobs import LOGITS_AT_ONCE, Policy, load_policy  # noqa: E402
 from plumbing.fail import fail  # noqa: E402
 from plumbing.flags import RunConfig  # noqa: E402
@@ -214,7 +214,7 @@ def load(config: Config, folder: str, which: str) -> Setup:
     script = replace(script_config(config, folder), sampler=which)
     accelerator = Accelerator(cpu=not CUDA, mixed_precision="bf16" if CUDA else "no")
     policy, tokenizer = load_policy(script.model, accelerator.device, script.gradient_checkpointing)
-    train, _ = load_prompts(script, tokenizer, policy.positions)
+    train, _ = encode_task(read_task(script), script, tokenizer, policy.positions)
     prompts = [example["prompt_ids"] for example in train[: config.prompts]]
     stop = stop_strings(tokenizer, script.template)
     sampler = make_sampler(script, policy, tokenizer, stop, accelerator.autocast)

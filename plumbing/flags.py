@@ -5,11 +5,18 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
 from plumbing.fail import fail
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """The smallest number that a field may hold, beside its type: `group_size: Annotated[int, AtLeast(2)] = 8`."""
+
+    number: float
 
 
 @dataclass
@@ -100,8 +107,9 @@ def check_config(config, processes: int) -> None:
 
 def minimum(field: dataclasses.Field, processes: int) -> float:
     """The smallest number that a field may hold."""
-    if field.name == "group_size":
-        return 2
+    for mark in get_args(field.type):
+        if isinstance(mark, AtLeast):
+            return mark.number
     if field.name == "temperature":
         return 0.01
     if field.name in ("eval_prompts", "pairs_per_step"):

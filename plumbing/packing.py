@@ -114,7 +114,7 @@ def packed_attention(module, query, key, value, attention_mask, packing: Pack | 
 def masked_attention(query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """Attention with a mask on a CPU, where query heads share a head of keys and values, [B, heads, t, d] each.
 
-    Transformers would copy keys and values for every query head first: for every token that is sampled, the whole cache.
+    Transformers would first copy keys and values for every query head: the whole cache, for every sampled token.
     """
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True

@@ -8,11 +8,13 @@ model/, for others.
 
 import dataclasses
 import json
+import math
 import signal
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ class Run:
         check_config(config, self.accelerator.num_processes)
         self.first_step = 1
         self.interrupted = False
+        self.step = 0
         self.record = {}  # the metrics of the present step
         self.reset_totals()
         self.make_folder()
@@ -92,6 +95,7 @@ class Run:
         self.bar = tqdm(total=self.config.steps, initial=self.first_step - 1, disable=not self.main, unit="step")
         previous = signal.signal(signal.SIGINT, self.interrupt)  # Ctrl-C
         for step in range(self.first_step, self.config.steps + 1):
+            self.step = step
             self.started = time.perf_counter()
             self.last_lap = self.started
             yield step
@@ -124,8 +128,9 @@ class Run:
 
     def reset_totals(self) -> None:
         self.loss = 0.0  # of all micro-batches
-        self.count = 0  # response tokens in all micro-batches; in DPO, pairs
-        self.sums = {}  # metric -> its sum over these
+        self.tokens = 0  # response tokens in all micro-batches
+        self.sums = {}  # metric -> its sum over tokens or over rows
+        self.counts = {}  # metric -> over how many
         self.maxima = {}  # metric -> its maximum
         self.seconds = {}  # part of the step -> how long it took
 
@@ -135,17 +140,21 @@ class Run:
         self.seconds[name] = now - self.last_lap
         self.last_lap = now
 
-    def collect(self, mask: torch.Tensor, loss: torch.Tensor, **per_token: torch.Tensor) -> None:
-        """Add a micro-batch: its share of the loss, and [B, T] or [B, 1] tensors to average (*_max: the maximum)."""
+    def collect(self, mask: torch.Tensor, loss: torch.Tensor, **metrics: torch.Tensor) -> None:
+        """Add a micro-batch: its share of the loss, and what to average (*_max: of what to take the maximum).
+
+        [B, T] are averaged over the tokens on the mask, [B, 1] over the responses (or pairs).
+        """
         self.loss += loss.detach()
-        self.count += mask.sum()
-        for name, x in per_token.items():
-            values = x.detach().expand_as(mask)[mask]  # [N] of the response tokens
+        self.tokens += mask.sum()
+        for name, x in metrics.items():
+            values = x.detach()[mask] if x.shape == mask.shape else x.detach().flatten()  # [N]
             if name.endswith("_max"):
                 largest = values.max()
                 self.maxima[name] = torch.maximum(self.maxima.get(name, largest), largest)  # nan stays nan
             else:
                 self.sums[name] = self.sums.get(name, 0.0) + values.sum()
+                self.counts[name] = self.counts.get(name, 0) + len(values)
 
     def log(self, step: int, updates: int, batch=None, scores: dict[str, list] | None = None, **metrics) -> None:
         """Assemble the metrics of a step over all processes: of its rollouts, of what was collected, and these.
@@ -169,26 +178,60 @@ class Run:
 
     def collected(self, updates: int) -> dict:
         """The metrics of all micro-batches of a step, in all processes."""
-        mine = {"loss": float(self.loss), "count": float(self.count), "sums": {}, "maxima": {}}
+        mine = {"loss": float(self.loss), "tokens": int(self.tokens), "counts": self.counts, "sums": {}, "maxima": {}}
         for name, x in self.sums.items():
             mine["sums"][name] = float(x)
         for name, x in self.maxima.items():
             mine["maxima"][name] = float(x)
-        parts = gather([mine])  # one per process
-        loss = sum(part["loss"] for part in parts)
-        count = sum(part["count"] for part in parts)
         sums = defaultdict(float)
+        counts = defaultdict(int)
         maxima = defaultdict(list)
-        for part in parts:
+        record = {"loss": 0.0, "tokens": 0}
+        for part in gather([mine]):  # one per process
+            record["loss"] += part["loss"] / updates
+            record["tokens"] += part["tokens"]
             for name, x in part["sums"].items():
                 sums[name] += x
+                counts[name] += part["counts"][name]
             for name, x in part["maxima"].items():
                 maxima[name].append(x)
-        found = {name: x / count for name, x in sums.items()}
+        found = {name: x / counts[name] for name, x in sums.items()}
         for name, values in maxima.items():
             found[name] = float(np.max(values))  # nan stays nan
-        record = {"loss": loss / updates, "tokens": int(count)}
         return record | {name: found[name] for name in sorted(found)}
+
+    # --- what is not finite ---
+
+    def check_update(self, batch, *grad_norms: float) -> None:
+        """End the run, before the weights change, if the loss so far or a norm of gradients is not finite."""
+        found = {"loss": float(self.loss)}
+        for i, norm in enumerate(grad_norms):
+            found[f"gradient norm {i + 1}" if i else "gradient norm"] = norm
+        for name, x in found.items():
+            if any(gather([not math.isfinite(x)])):  # in any process
+                self.stop(batch, f"the {name} is {x}")
+
+    def check_weights(self, batch) -> None:
+        """End the run, before anything is saved or given to the sampler, if a weight is not finite."""
+        for name, module in self.objects.items():
+            if isinstance(module, torch.nn.Module):
+                finite = torch.stack([p.isfinite().all() for p in module.parameters()])
+                if not finite.all():
+                    self.stop(batch, f"weights of the {name} are not finite")
+
+    def stop(self, batch, reason: str) -> NoReturn:
+        """Write the responses of the step to not_finite.jsonl and end the run: nothing of this step is saved."""
+        for i, text in enumerate(batch.texts):
+            record = {"step": self.step, "response": text, "finish_reason": batch.finish_reasons[i]}
+            for name, x in batch.tensors.items():
+                if x.dim() == 1:  # one number of each response, such as its reward
+                    record[name] = x[i].item()
+            if self.main:
+                self.append("not_finite.jsonl", record)
+        fail(
+            f"step {self.step}: {reason}; nothing of this step is saved, and its responses are in "
+            f"{self.folder / 'not_finite.jsonl'}; a lower --lr is the usual remedy"
+        )
 
     def show_progress(self) -> None:
         """A few metrics beside the progress bar."""
@@ -295,6 +338,9 @@ class Run:
     def end_step(self, step: int) -> None:
         """Write the step's line of metrics; if due, save the model, and the state of everything for --resume."""
         known = {name: x for name, x in self.record.items() if x is not None}
+        for name, x in known.items():
+            if (name == "loss" or name.startswith("eval")) and not math.isfinite(x):
+                fail(f"step {step}: {name} is {x}; nothing of this step is saved; a lower --lr is the usual remedy")
         self.accelerator.log(known, step=step)
         if self.main:
             self.append("metrics.jsonl", self.record)
