@@ -11,6 +11,8 @@ import tyro
 
 from plumbing.fail import fail
 
+ROOT = Path(__file__).resolve().parent.parent  # of the scripts, beside which the tiny model is
+
 
 @dataclass(frozen=True)
 class AtLeast:
@@ -49,6 +51,8 @@ def parse(config_class):
     """The configuration from the command line; with --resume DIR, flags not given are those of the run in DIR."""
     own_flags_first(config_class)
     config = tyro.cli(config_class, description=sys.modules["__main__"].__doc__)
+    if config.model == "tiny" and not Path("tiny").exists():  # started from another folder
+        config = dataclasses.replace(config, model=str(ROOT / "tiny"))
     if not config.resume:
         return config
     saved = read_config(config_class, Path(config.resume))
