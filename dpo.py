@@ -3,9 +3,9 @@ r"""DPO: Direct Preference Optimization (arXiv 2305.18290).
 For a question x, y_w is the chosen response and y_l the rejected one; nothing is sampled while the policy learns.
 pi_ref is the model before training, sigma(z) = 1/(1 + exp(-z)). Maximise, averaged over pairs,
 
-    J(theta) = log sigma( R(x, y_w) - R(x, y_l) )                                                       (eq. 7)
+    J(theta) = log sigma( R(x, y_w) - R(x, y_l) )                     (2) eq. 7
 
-    R(x, y) = beta log( pi(y | x) / pi_ref(y | x) )                       the implicit reward: eq. 5 without log Z(x)
+    R(x, y) = beta log( pi(y | x) / pi_ref(y | x) )                   (1) the implicit reward: eq. 5 without log Z(x)
 
 If y_w is preferred with probability sigma(r(x, y_w) - r(x, y_l)) (Bradley-Terry, eq. 1), J with r for R trains a reward
 model. The policy best for r - beta KL(pi || pi_ref) is pi_ref exp(r/beta) / Z(x) (eq. 4); solved for r, that is
@@ -111,9 +111,9 @@ def pair_loss(logp, ref_logp, mask, num_pairs, beta, label_smoothing=0.0):
     beta: reward per nat; the smaller, the further pi may go from pi_ref
     label_smoothing: the probability that chosen and rejected are exchanged, below 0.5
     """
-    R = beta * ((logp - ref_logp) * mask).sum(1)  # [2N] implicit reward
+    R = beta * ((logp - ref_logp) * mask).sum(1)  # [2N] (1) implicit reward
     margin = R[0::2] - R[1::2]  # [N] chosen - rejected
-    objective = (1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)  # [N]
+    objective = (1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)  # [N] (2)
     return -objective.sum() / num_pairs, pair_stats(R, logp, mask)
 
 

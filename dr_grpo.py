@@ -1,15 +1,21 @@
 r"""Dr. GRPO: GRPO done right, from "Understanding R1-Zero-Like Training" (arXiv 2503.20783).
 
-It removes two things from GRPO (grpo.py), which bias the gradient of the expected reward, and nothing else:
+It removes two things from GRPO (grpo.py), which bias the gradient of the expected reward, and nothing else. For each
+question q, sample a group of G responses o_1..o_G from the policy pi_old; maximise, averaged over questions,
 
-    J(theta) = 1/G sum_i 1/C sum_t { min[ rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i ] - beta D_it }
+    J(theta) = 1/G sum_i 1/C sum_t { min[ rho_it A_it, clip(rho_it, 1 - eps, 1 + eps) A_it ] - beta D_it }
 
-    A_i = r_i - mean(r_1..r_G)        (1) no std: it gives questions with rare successes or rare failures more weight
-    C   = the budget of new tokens    (2) a constant, not |o_i|: with 1/|o_i| a wrong answer costs less if it is longer
+    A_it   = r_i - mean(r_1..r_G)                             (1) the advantage, not divided by the std
+    1/C sum_t                                                 (2) C is the budget of new tokens, a constant
+    rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)    (3) the ratio
+    D_it   = pi_ref/pi - log(pi_ref/pi) - 1                   (4) the estimate of KL(pi || pi_ref), eq. 4 ("k3")
 
-With one update per rollout and beta 0 the expected gradient is that of E[r], times (G - 1)/G, since the mean includes
-r_i itself, and over C. Both only scale the learning rate. The paper trains with --beta 0; the KL stays here, so that
-the two numbered changes are all there is. C is free; the paper's code takes the generation budget, as here.
+The std that GRPO divides by is small where successes, or failures, are rare, so those questions weigh more there. And
+1/|o_i| makes a wrong answer cost less per token the longer it is, which favours long wrong answers.
+With one update per rollout and beta 0 the expected gradient is that of E[r] times two constants: (G - 1)/G, since the
+mean includes r_i itself, and 1/C. They scale the gradient, which Adam undoes. The paper trains with --beta 0; the KL
+stays here, so that the changes (1) and (2) are all there is. C is free; the paper's code takes the generation budget,
+as here.
 
     python dr_grpo.py
         On a CPU, no download: within a minute a tiny model learns to think before it answers, and is right.
@@ -73,7 +79,7 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     while pi is pi_old, its expected gradient is exactly that of KL(pi_ref || pi), the other direction.
     """
     log_ratio = ref_logp - logp  # [B, T]
-    return log_ratio.exp() - log_ratio - 1
+    return log_ratio.exp() - log_ratio - 1  # [B, T] (4)
 
 
 # --- loss ---
@@ -94,14 +100,14 @@ def policy_loss(
     max_new_tokens: C
     """
     A = advantages[:, None]  # [B, 1]
-    ratio = (logp - old_logp).exp()  # [B, T] rho
+    ratio = (logp - old_logp).exp()  # [B, T] (3) rho
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
-    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, T]
+    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, T] (3)
     is_clipped = clipped * A < ratio * A  # [B, T] where the clip binds there is no gradient
     stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per token; logged as mean and maximum
     if beta:
         stats["kl"] = kl_k3(logp, ref_logp)  # [B, T] D
-        objective = objective - beta * stats["kl"]
+        objective = objective - beta * stats["kl"]  # [B, T] (4)
     per_response = (objective * mask).sum(1) / max_new_tokens  # [B] (2) 1/C sum_t, not 1/|o_i|
     return -per_response.sum() / num_responses, stats  # 1/G sum_i
 

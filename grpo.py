@@ -4,9 +4,10 @@ For each question q, sample a group of G responses o_1..o_G from the policy pi_o
 
     J(theta) = 1/G sum_i 1/|o_i| sum_t { min[ rho_it A_it, clip(rho_it, 1 - eps, 1 + eps) A_it ] - beta D_it }   (eq. 3)
 
-    rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)        the ratio
-    A_it   = (r_i - mean(r_1..r_G)) / std(r_1..r_G)               the advantage: the same for every token of o_i
-    D_it   = pi_ref/pi - log(pi_ref/pi) - 1                       the estimate of KL(pi || pi_ref), eq. 4 ("k3")
+    A_it   = (r_i - mean(r_1..r_G)) / std(r_1..r_G)           (1) the advantage: the same for every token of o_i
+    1/|o_i| sum_t                                             (2) the mean over the tokens of a response
+    rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)    (3) the ratio
+    D_it   = pi_ref/pi - log(pi_ref/pi) - 1                   (4) the estimate of KL(pi || pi_ref), eq. 4 ("k3")
 
 The other responses of the group are the baseline, so there is no value network (outcome supervision, section 4.1.2).
 Kept from the paper: the mean over each response 1/|o_i|, the std, the KL in the loss. Added: clip ranges that may
@@ -63,7 +64,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int, eps: float = 1e-4, 
     r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
     mean = r.mean(dim=1, keepdim=True)  # [P, 1]
     std = r.std(dim=1, keepdim=True, correction=ddof)  # [P, 1]
-    return ((r - mean) / (std + eps)).flatten()  # [B]
+    return ((r - mean) / (std + eps)).flatten()  # [B] (1)
 
 
 # --- kl ---
@@ -76,7 +77,7 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     while pi is pi_old, its expected gradient is exactly that of KL(pi_ref || pi), the other direction.
     """
     log_ratio = ref_logp - logp  # [B, T]
-    return log_ratio.exp() - log_ratio - 1
+    return log_ratio.exp() - log_ratio - 1  # [B, T] (4)
 
 
 # --- loss ---
@@ -95,15 +96,15 @@ def policy_loss(
     weight: of the importance sampling, [B, T]; 1 if the sampler's distribution is pi_old
     """
     A = advantages[:, None]  # [B, 1]
-    ratio = (logp - old_logp).exp()  # [B, T] rho
+    ratio = (logp - old_logp).exp()  # [B, T] (3) rho
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
-    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, T]
+    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, T] (3)
     is_clipped = clipped * A < ratio * A  # [B, T] where the clip binds there is no gradient
     stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per token; logged as mean and maximum
     if beta:
         stats["kl"] = kl_k3(logp, ref_logp)  # [B, T] D
-        objective = objective - beta * stats["kl"]
-    per_response = (objective * mask).sum(1) / mask.sum(1)  # [B] 1/|o_i| sum_t
+        objective = objective - beta * stats["kl"]  # [B, T] (4)
+    per_response = (objective * mask).sum(1) / mask.sum(1)  # [B] (2) 1/|o_i| sum_t
     return -per_response.sum() / num_responses, stats  # 1/G sum_i
 
 

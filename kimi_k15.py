@@ -3,7 +3,7 @@ r"""Kimi k1.5: policy optimisation as online mirror descent, from "Scaling RL wi
 Every iteration i takes the policy at its start, pi_i, as sampler and as reference. For each question x, sample a group
 of G responses y_1..y_G from pi_i (the paper's k). Maximise, averaged over questions,
 
-    E[ r ] - tau KL(pi || pi_i)                                                                                    (2)
+    E[ r ] - tau KL(pi || pi_i)                                                                              (eq. 2)
 
 Its optimum is known up to a constant Z: it satisfies r - tau log Z = tau log(pi/pi_i) for every y, so the samples may
 be off-policy. Hence a squared loss, taken on samples of pi_i while pi moves on:
@@ -15,9 +15,11 @@ is .50 in the limit, but .93 at tau = .1. The paper takes mean(r_1..r_G) all the
 pi_i any such constant is a baseline, which changes no expected gradient; further on the minimum of L moves with it.
 Minus the gradient of L over 2 tau is then the step
 
-    1/G sum_j { A_j grad log pi(y_j | x) - tau/2 grad ( log( pi(y_j | x) / pi_i(y_j | x) ) )^2 }                   (3)
+    1/G sum_j { A_j grad log pi(y_j | x) - tau/2 grad ( log( pi(y_j | x) / pi_i(y_j | x) ) )^2 }             (eq. 3)
 
-    A_j = r_j - mean(r_1..r_G),     log pi(y | x) = sum_t log pi(y_t | x, y_<t): the response is one action
+    A_j = r_j - mean(r_1..r_G)                         (1) the advantage
+    log pi(y | x) = sum_t log pi(y_t | x, y_<t)        (2) the response is one action: no 1/|o_i|
+    tau/2 ( log( pi(y | x) / pi_i(y | x) ) )^2         (3) what holds pi near pi_i, in place of a clip
 
 Several updates per iteration (--epochs, --minibatches); only from the second on is the penalty at work. tau is not in
 the paper, and its scale depends on length: log(pi/pi_i) is a sum over tokens, larger for longer responses.
@@ -149,7 +151,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     r = rewards.view(-1, group_size)  # [P, G]
     r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
     mean = r.mean(dim=1, keepdim=True)  # [P, 1]
-    return (r - mean).flatten()  # [B]
+    return (r - mean).flatten()  # [B] (1)
 
 
 def length_rewards(lengths: torch.Tensor, accuracy: list[float], group_size: int) -> torch.Tensor:
@@ -183,7 +185,7 @@ def policy_loss(
     logp, old_logp, advantages, mask, num_responses, tau,
     weight=1.0,
 ):  # fmt: skip
-    """A loss whose gradient is minus (3) -> (loss, stats). Losses of micro-batches add up to that of the update.
+    """A loss whose gradient is minus eq. 3 -> (loss, stats). Losses of micro-batches add up to that of the update.
 
     It is L / (2 tau) but for a term without theta: (A - tau x)^2 / (2 tau) = A^2 / (2 tau) - (A x - tau/2 x^2).
 
@@ -193,8 +195,8 @@ def policy_loss(
     weight: of the importance sampling, [B, 1] per response; 1 if the sampler's distribution is pi_i
     """
     A = advantages[:, None]  # [B, 1]
-    log_ratio = ((logp - old_logp) * mask).sum(dim=1, keepdim=True)  # [B, 1] x, of the whole response
-    per_response = weight * (A * log_ratio - tau / 2 * log_ratio**2)  # [B, 1] grad of A x: A grad log pi
+    log_ratio = ((logp - old_logp) * mask).sum(dim=1, keepdim=True)  # [B, 1] (2) x, of the whole response
+    per_response = weight * (A * log_ratio - tau / 2 * log_ratio**2)  # [B, 1] (3) grad of A x: A grad log pi
     kl_old = kl_k3(logp=old_logp, ref_logp=logp)  # [B, T] of KL(pi_i || pi)
     stats = {"log_ratio_squared": log_ratio**2, "ratio_max": log_ratio.exp(), "kl_old": kl_old}
     return -per_response.sum() / num_responses, stats  # 1/G sum_i

@@ -4,17 +4,18 @@ A response o to a question q is an episode, and each of its tokens an action; ma
 
     J(theta) = mean_t min[ rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t ]                                      (eq. 7)
 
-    rho_t   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)           the ratio
-    A_t     = sum_k (gamma lam)^k delta_t+k                       the advantage, GAE (arXiv 1506.02438, eq. 16), that is
-            = delta_t + gamma lam A_t+1
+    A_t     = sum_k (gamma lam)^k delta_t+k                       (1) the advantage, GAE (arXiv 1506.02438, eq. 16):
+            = delta_t + gamma lam A_t+1                               every token has its own
     delta_t = r_t + gamma V_t+1 - V_t                             A and V are 0 after the last token, truncated or not
-    r_t     = -beta log( pi_old(o_t | ..) / pi_ref(o_t | ..) )    the KL ("k1") is in the reward; at the last token
+    mean_t                                                        (2) the mean over all tokens of all responses
+    rho_t   = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)           (3) the ratio
+    r_t     = -beta log( pi_old(o_t | ..) / pi_ref(o_t | ..) )    (4) the KL ("k1") is in the reward; at the last token
                                                                   the reward of the response is added
 
 V_t = V(q, o_<t) predicts the return from token t on. It is a second network of the policy's size, with a head that
 starts at zero, and minimises
 
-    mean_t 1/2 max[ (V_t - R_t)^2, (clip(V_t, V_old - eps, V_old + eps) - R_t)^2 ],       R_t = A_t + V_old
+    mean_t 1/2 max[ (V_t - R_t)^2, (clip(V_t, V_old - eps, V_old + eps) - R_t)^2 ]    (5) with R_t = A_t + V_old
 
 where the old values V_old, like A and R, are those of the rollout. Then A is whitened over its tokens: mean 0, std 1.
 GRPO (grpo.py) drops V, and with it gamma, lam and the value loss: the mean of the group is the baseline.
@@ -79,7 +80,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
 def token_rewards(rewards, kl, mask, beta) -> torch.Tensor:
     """r_t = -beta KL_t, plus the reward of the response at its last token: [B], [B, T], [B, T] -> [B, T]."""
     last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))  # [B, T] True once per row
-    return last * rewards[:, None] - beta * kl * mask  # [B, T]
+    return last * rewards[:, None] - beta * kl * mask  # [B, T] (4)
 
 
 def gae(rewards, values, mask, gamma, lam) -> torch.Tensor:
@@ -88,7 +89,7 @@ def gae(rewards, values, mask, gamma, lam) -> torch.Tensor:
     delta = (rewards + gamma * V[:, 1:] - V[:, :-1]).masked_fill(~mask, 0)  # [B, T]
     A = torch.zeros_like(V)  # [B, T + 1]
     for t in reversed(range(delta.shape[1])):
-        A[:, t] = delta[:, t] + gamma * lam * A[:, t + 1]
+        A[:, t] = delta[:, t] + gamma * lam * A[:, t + 1]  # [B] (1)
     return A[:, :-1]  # [B, T]
 
 
@@ -103,7 +104,7 @@ def whiten(x, mask, all_sum, eps=0.05, ddof=1) -> torch.Tensor:
     mean = all_sum((x * mask).sum()) / n
     centred = (x - mean) * mask  # [B, T] mean 0
     variance = all_sum(centred.square().sum()) / (n - ddof).clamp(min=1)
-    return centred / variance.sqrt().clamp(min=eps)  # [B, T] std 1
+    return centred / variance.sqrt().clamp(min=eps)  # [B, T] (1) std 1
 
 
 # --- kl ---
@@ -115,7 +116,7 @@ def kl_k1(logp: torch.Tensor, ref_logp: torch.Tensor, clamp: bool) -> torch.Tens
     Clamped at zero its mean is larger than that, by the mean of what is cut off.
     """
     log_ratio = logp - ref_logp  # [B, T]
-    return log_ratio.clamp(min=0) if clamp else log_ratio
+    return log_ratio.clamp(min=0) if clamp else log_ratio  # [B, T] (4)
 
 
 # --- loss ---
@@ -132,13 +133,13 @@ def policy_loss(
     num_tokens: response tokens in the whole update, over all micro-batches and processes: the mean over tokens
     weight: of the importance sampling, [B, T]; 1 if the sampler's distribution is pi_old
     """
-    ratio = (logp - old_logp).exp()  # [B, T] rho
+    ratio = (logp - old_logp).exp()  # [B, T] (3) rho
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
-    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, T]
+    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, T] (3)
     is_clipped = clipped * A < ratio * A  # [B, T] where the clip binds there is no gradient
     approx_kl = ratio - 1 - (logp - old_logp)  # [B, T] of KL(pi_old || pi), as kl_k3 of grpo.py
     stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio, "approx_kl": approx_kl}  # per token
-    return -(objective * mask).sum() / num_tokens, stats  # mean_t
+    return -(objective * mask).sum() / num_tokens, stats  # (2) mean_t
 
 
 def value_loss(values, old_values, returns, mask, num_tokens, clip):
@@ -146,7 +147,7 @@ def value_loss(values, old_values, returns, mask, num_tokens, clip):
     clipped = values.clamp(old_values - clip, old_values + clip)  # [B, T]
     squared = (values - returns).square()  # [B, T]
     clipped_squared = (clipped - returns).square()  # [B, T]
-    error = 0.5 * torch.maximum(squared, clipped_squared)  # [B, T] the worse one
+    error = 0.5 * torch.maximum(squared, clipped_squared)  # [B, T] (5) the worse one
     is_clipped = clipped_squared > squared  # [B, T] there V has no gradient
     stats = {"value_loss": error, "value_clip_fraction": is_clipped.float()}
     return (error * mask).sum() / num_tokens, stats  # mean_t
@@ -208,7 +209,7 @@ def main(config: Config) -> None:
             kl = kl_k1(batch["old_logp"], batch["ref_logp"], config.clamp_kl)
         r = token_rewards(rewards, kl, mask, config.beta)  # [B, T]
         A = gae(r, batch["values"], mask, config.gamma, config.lam)  # [B, T]
-        batch["returns"] = A + batch["values"]  # [B, T] R, what V learns
+        batch["returns"] = A + batch["values"]  # [B, T] (5) R, what V learns
         batch["advantages"] = whiten(A, mask, accelerator.reduce)  # [B, T]
         reward_to_go = gae(r, torch.zeros_like(r), mask, config.gamma, lam=1.0)  # [B, T] unlike R, without any V in it
         explained = explained_variance(batch["values"], reward_to_go, mask, accelerator.reduce)

@@ -1,10 +1,13 @@
 r"""RLOO: REINFORCE Leave-One-Out, from "Back to Basics" (arXiv 2402.14740).
 
-The whole response is one action. For each question x, sample G responses (the paper's k), and step along
+The whole response is one action. For each question x, sample G responses y_1..y_G (the paper's k), and step along
 
-    1/G sum_i [ R_i - 1/(G-1) sum_{j != i} R_j ] grad log pi(y_i | x),       log pi(y | x) = sum_t log pi(y_t | x, y_<t)
+    1/G sum_i A_i grad log pi(y_i | x)
 
-    R_i = r_i - beta log( pi(y_i | x) / pi_ref(y_i | x) )         the KL ("k1") of the whole response is in the reward
+    A_i = R_i - 1/(G-1) sum_{j != i} R_j                          (1) the advantage: the others are the baseline
+    log pi(y | x) = sum_t log pi(y_t | x, y_<t)                   (2) the response is one action: no 1/|o_i|
+    rho_i = pi(y_i | x) / pi_old(y_i | x)                         (3) the ratio, 1 with one update per rollout
+    R_i = r_i - beta log( pi(y_i | x) / pi_ref(y_i | x) )         (4) the KL ("k1") of the response is in the reward
 
 The baseline of a response is the mean reward of the others, so it does not depend on the response itself: the gradient
 is unbiased. The advantage equals G/(G-1) (R_i - mean of all). Kept from grpo.py: everything that is not the objective.
@@ -63,7 +66,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
     mean = r.mean(dim=1, keepdim=True)  # [P, 1]
     others = (group_size * mean - r) / (group_size - 1)  # [P, G] the mean of the others: leave one out
-    return (r - others).flatten()  # [B]
+    return (r - others).flatten()  # [B] (1)
 
 
 # --- loss ---
@@ -81,12 +84,12 @@ def policy_loss(
     weight: of the importance sampling, [B, 1] per response; 1 if the sampler's distribution is pi_old
     """
     A = advantages[:, None]  # [B, 1]
-    ratio = ((logp - old_logp) * mask).sum(dim=1, keepdim=True).exp()  # [B, 1] of the whole response; 1 on-policy
+    ratio = ((logp - old_logp) * mask).sum(dim=1, keepdim=True).exp()  # [B, 1] (3) of the whole response
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, 1]
-    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, 1]
+    objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, 1] (3)
     is_clipped = clipped * A < ratio * A  # [B, 1] where the clip binds there is no gradient
     stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per response; logged as mean and maximum
-    per_response = objective.squeeze(1)  # [B] one action
+    per_response = objective.squeeze(1)  # [B] (2) one action
     return -per_response.sum() / num_responses, stats  # 1/G sum_i
 
 
@@ -136,7 +139,7 @@ def main(config: Config) -> None:
         scores = score(batch.texts, examples, weights)  # reward name -> B numbers
         rewards = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
         batch["rewards"] = rewards
-        # R_i = r_i - beta k1, the KL of the whole response
+        # [B] (4) R_i = r_i - beta k1, the KL of the whole response
         rewards = rewards - config.beta * (batch["old_logp"] - batch["ref_logp"]).sum(1) if reference else rewards
         batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
 

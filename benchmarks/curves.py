@@ -9,19 +9,22 @@ All flags but the learning rate are the scripts' own defaults. The best learning
 held-out accuracy (eval_pass@1) after the last step, averaged over the seeds; of rates equal to two digits, the one with
 the higher mean over the evaluations. If it is at the edge of those tried, the sweep tries the next one too. Tuning and
 reporting use different seeds. Runs lie in runs/curves; one that is there already is not made again, so an interrupted
-command goes on. dpo.py sees no rollouts but pairs of answers of the first policy, so its steps are not those of the
-others.
+command goes on. dpo.py and its relatives see no rollouts but pairs of answers of the first policy, so their steps are
+not those of the others. G = 1 is canonical PPO, with one response to each of 128 questions; with V = 0 its value
+network never learns, and the mean of all advantages, which whitening subtracts, is the only baseline.
 """
 
 import csv
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -39,8 +42,12 @@ COMMANDS = {  # name -> what is run
     "rloo": ["rloo.py"],
     "kimi_k15": ["kimi_k15.py"],
     "ppo": ["ppo.py"],
-    "ppo, 4 updates per rollout": ["ppo.py", "--epochs", "2", "--minibatches", "2"],
+    "ppo, G = 1": ["ppo.py", "--group-size", "1", "--prompts-per-step", "128"],
+    "ppo, G = 1, V = 0": ["ppo.py", "--group-size", "1", "--prompts-per-step", "128", "--value-lr", "0"],
     "dpo": ["dpo.py"],
+    "dpo_norm": ["family/dpo_norm.py"],
+    "simpo": ["family/simpo.py"],
+    "ipo": ["family/ipo.py"],
 }
 RATES = [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3]  # those that a sweep may come to
 FIRST = slice(1, 4)  # those it begins with
@@ -51,9 +58,9 @@ PASSES = {  # name -> models in memory, forward and backward passes over a rollo
     "dr_grpo": (2, 2, 1),
     "rloo": (2, 3, 1),
     "kimi_k15": (1, 3, 2),
-    "ppo": (3, 5, 2),
-    "ppo, 4 updates per rollout": (3, 7, 4),
+    "ppo": (3, 7, 4),
     "dpo": (2, 2, 1),
+    "simpo": (1, 1, 1),
 }
 METRICS = [
     "eval_pass@1",
@@ -63,6 +70,7 @@ METRICS = [
     "response_length_wrong",
     "entropy",
     "informative_groups",
+    "explained_variance",
 ]
 PROCESSES = int(os.environ.get("PROCESSES", 1))  # runs at a time, in sweep and seeds
 
@@ -72,7 +80,7 @@ PROCESSES = int(os.environ.get("PROCESSES", 1))  # runs at a time, in sweep and 
 
 def run(name: str, lr: float, seed: int) -> list[dict]:
     """The metrics of a run, one record per step; the run is made if it is not there."""
-    folder = RUNS / f"{name.replace(', ', '-').replace(' ', '-')}-{lr:g}-{seed}"
+    folder = RUNS / f"{re.sub('[^a-zA-Z0-9_]+', '-', name)}-{lr:g}-{seed}"
     records = finished(folder)
     if records:
         return records
@@ -195,9 +203,10 @@ def costs() -> None:
     with ProcessPoolExecutor(1) as pool:  # what this process itself has in memory, its children would begin with
         pool.submit(random_model, large).result()
     rows = []
-    for name, command in COMMANDS.items():
+    for name in PASSES:
+        command = COMMANDS[name]
         seconds, mb = measure(name, [*command, "--steps", "12"])
-        size = ["--data", large / "pairs.jsonl"] if name == "dpo" else ["--prompts-per-step", "8"]
+        size = ["--data", large / "pairs.jsonl"] if name in ("dpo", "simpo") else ["--prompts-per-step", "8"]
         seconds_large, mb_large = measure(name, [*command, *size, "--steps", "3", "--model", large])
         rows.append((name, f"{seconds:.2f}", f"{mb:.0f}", f"{seconds_large:.1f}", f"{mb_large:.0f}"))
     write("costs.csv", ("script", "seconds", "peak_mb", "seconds_large", "peak_mb_large"), rows)
@@ -261,21 +270,29 @@ def read(name: str) -> list[dict]:
 
 # --- drawing ---
 
-PANELS = [  # title, y axis, metric
-    ("Held-out accuracy, one sample", "share", "eval_pass@1"),
-    ("Length of right responses", "tokens", "response_length_right"),
-    ("Length of wrong responses", "tokens", "response_length_wrong"),
-    ("Entropy of the policy", "nats per token", "entropy"),
-    ("Groups with right and wrong responses", "share", "informative_groups"),
-    ("DPO: held-out accuracy, one sample", "share", "eval_pass@1"),
+METHODS = ["grpo", "dr_grpo", "rloo", "kimi_k15", "ppo"]
+PAIRS = ["dpo", "dpo_norm", "simpo", "ipo"]
+
+
+class Panel(NamedTuple):
+    """One picture of the page; names: of COMMANDS."""
+
+    title: str
+    unit: str
+    metric: str
+    names: list[str]
+
+
+PANELS = [
+    Panel("Held-out accuracy, one sample", "share", "eval_pass@1", METHODS),
+    Panel("Length of right responses", "tokens", "response_length_right", METHODS),
+    Panel("Length of wrong responses", "tokens", "response_length_wrong", METHODS),
+    Panel("Entropy of the policy", "nats per token", "entropy", METHODS),
+    Panel("Groups with right and wrong responses", "share", "informative_groups", METHODS),
+    Panel("One response per question: accuracy", "share", "eval_pass@1", ["ppo", "ppo, G = 1", "ppo, G = 1, V = 0"]),
+    Panel("What V explains of the returns", "share of variance", "explained_variance", ["ppo", "ppo, G = 1"]),
+    Panel("Pairs: held-out accuracy", "share", "eval_pass@1", PAIRS),
 ]
-
-
-def shown(title: str) -> list[str]:
-    """The names in a panel: DPO, whose steps are others, has its own one."""
-    if title.startswith("DPO"):
-        return ["dpo"]
-    return [name for name in COMMANDS if name != "dpo"]
 
 
 def curve(rows: list[dict], name: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -299,39 +316,41 @@ def running_mean(y: np.ndarray) -> list[float]:
 def draw() -> None:
     """Write docs/curves.png and print the tables."""
     rows = read("curves.csv")
-    page = Figure(figsize=(15, 9.6), layout="constrained")
-    handles = {}  # name -> its curve in the first panel that has one
-    for place, (title, unit, metric) in enumerate(PANELS, 1):
-        ax = page.add_subplot(2, 3, place)
-        for name in shown(title):
-            line = draw_curve(ax, rows, name, metric)
-            handles.setdefault(name, line)
-        updates = "updates, of 64 pairs each" if title.startswith("DPO") else "rollouts, of 128 responses each"
-        ax.set_title(title, fontsize=16)
+    page = Figure(figsize=(20, 9.6), layout="constrained")
+    for place, panel in enumerate(PANELS, 1):
+        ax = page.add_subplot(2, 4, place)
+        for name in panel.names:
+            draw_curve(ax, rows, name, panel)
+        updates = "updates, of 64 pairs each" if panel.names == PAIRS else "rollouts, of 128 responses each"
+        ax.set_title(panel.title, fontsize=16)
         ax.set_xlabel(updates, fontsize=14)
-        ax.set_ylabel(unit, fontsize=14)
+        ax.set_ylabel(panel.unit, fontsize=14)
         ax.tick_params(labelsize=13)
         ax.grid(alpha=0.3)
-        if unit == "share":
+        if panel.unit == "share":
             ax.set_ylim(0, 1)
-        elif metric != "entropy":
+        elif panel.unit == "tokens":
             ax.set_ylim(bottom=0)
-    labels = [f"{name}, lr {best_rate(name):g}" for name in handles]
-    page.legend(handles.values(), labels, loc="outside upper center", ncols=4, fontsize=15, frameon=False)
+        if panel.names != METHODS:
+            ax.legend(fontsize=13, loc="lower right")
+    lines, labels = page.axes[0].get_legend_handles_labels()
+    page.legend(lines, labels, loc="outside upper center", ncols=5, fontsize=15, frameon=False)
     page.savefig(ROOT / "docs" / "curves.png", dpi=75)
     print(tables())
 
 
-def draw_curve(ax, rows: list[dict], name: str, metric: str):
-    """The mean over the seeds and a band of one std on either side; returns the line of the mean."""
-    steps, y = curve(rows, name, metric)
+def draw_curve(ax, rows: list[dict], name: str, panel: Panel) -> None:
+    """The mean over the seeds and a band of one std on either side."""
+    steps, y = curve(rows, name, panel.metric)
     mean = y.mean(0)
     std = y.std(0, ddof=1)
-    colour = COLOURS[list(COMMANDS).index(name)]
-    marker = "o" if metric.startswith("eval") else ""
-    (line,) = ax.plot(steps, mean, color=colour, linewidth=2.5, marker=marker, label=name)
+    colour = COLOURS[
+        (METHODS.index(name) if name in METHODS else len(METHODS) + panel.names.index(name)) % len(COLOURS)
+    ]
+    marker = "o" if panel.metric.startswith("eval") else ""
+    label = f"{name}, lr {best_rate(name):g}"
+    ax.plot(steps, mean, color=colour, linewidth=2.5, marker=marker, label=label)
     ax.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
-    return line
 
 
 # --- tables ---

@@ -3,9 +3,9 @@ r"""Length-normalised DPO, from Tulu 3 (arXiv 2411.15124, section 5): dpo.py wit
 For a question x, y_w is the chosen response and y_l the rejected one. pi_ref is the model before training. Maximise,
 averaged over pairs,
 
-    J(theta) = log sigma( R(x, y_w) - R(x, y_l) )
+    J(theta) = log sigma( R(x, y_w) - R(x, y_l) )                     (2)
 
-    R(x, y) = beta/|y| log( pi(y | x) / pi_ref(y | x) )                              dpo.py has no 1/|y| (1)
+    R(x, y) = beta/|y| log( pi(y | x) / pi_ref(y | x) )               (1) dpo.py has no 1/|y|
 
 In DPO a response twice as long has twice the reward, so it can win by its length. Here every response counts alike. A
 mean of log-ratios is smaller than their sum, so beta is larger: Tulu 3 has 5.
@@ -100,9 +100,9 @@ def pair_loss(logp, ref_logp, mask, num_pairs, beta, label_smoothing=0.0):
     beta: reward per nat of the mean token; the smaller, the further pi may go from pi_ref
     label_smoothing: the probability that chosen and rejected are exchanged, below 0.5
     """
-    R = beta * ((logp - ref_logp) * mask).sum(1) / mask.sum(1)  # [2N] implicit reward (1)
+    R = beta * ((logp - ref_logp) * mask).sum(1) / mask.sum(1)  # [2N] (1) implicit reward
     margin = R[0::2] - R[1::2]  # [N] chosen - rejected
-    objective = (1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)  # [N]
+    objective = (1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)  # [N] (2)
     return -objective.sum() / num_pairs, pair_stats(R, logp, mask)
 
 

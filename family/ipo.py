@@ -3,10 +3,9 @@ r"""IPO: Identity Preference Optimisation (arXiv 2310.12036): dpo.py with a squa
 For a question x, y_w is the chosen response and y_l the rejected one. pi_ref is the model before training. Minimise,
 averaged over pairs,
 
-    L(theta) = ( h(y_w, y_l) - 1/(2 tau) )^2                                                                (eq. 17)
+    L(theta) = ( R(x, y_w) - R(x, y_l) - 1/(2 tau) )^2                (2) eq. 17
 
-    h(y_w, y_l) = R(x, y_w) - R(x, y_l)
-    R(x, y) = 1/|y| log( pi(y | x) / pi_ref(y | x) )
+    R(x, y) = 1/|y| log( pi(y | x) / pi_ref(y | x) )                  (1) the mean log-ratio, in the paper a sum
 
 DPO has no end: where all annotators agree, log sigma rises for ever, and pi leaves pi_ref however large beta is. Here
 the difference of the log-ratios has a target, 1/(2 tau), and overshooting costs too.
@@ -103,10 +102,10 @@ def pair_loss(logp, ref_logp, mask, num_pairs, beta, label_smoothing=0.0):
     beta: tau; the smaller, the further pi is to go from pi_ref
     label_smoothing: the probability that chosen and rejected are exchanged, below 0.5
     """
-    R = ((logp - ref_logp) * mask).sum(1) / mask.sum(1)  # [2N] mean log-ratio
+    R = ((logp - ref_logp) * mask).sum(1) / mask.sum(1)  # [2N] (1) mean log-ratio
     margin = R[0::2] - R[1::2]  # [N] chosen - rejected
     target = 1 / (2 * beta)
-    loss = (1 - label_smoothing) * (margin - target) ** 2 + label_smoothing * (-margin - target) ** 2  # [N]
+    loss = (1 - label_smoothing) * (margin - target) ** 2 + label_smoothing * (-margin - target) ** 2  # [N] (2)
     return loss.sum() / num_pairs, pair_stats(R, logp, mask)
 
 

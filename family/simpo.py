@@ -2,9 +2,9 @@ r"""SimPO: Simple Preference Optimization (arXiv 2405.14734): dpo.py without the
 
 For a question x, y_w is the chosen response and y_l the rejected one. Maximise, averaged over pairs,
 
-    J(theta) = log sigma( R(x, y_w) - R(x, y_l) - gamma )                                                    (eq. 6)
+    J(theta) = log sigma( R(x, y_w) - R(x, y_l) - gamma )             (2) eq. 6
 
-    R(x, y) = beta/|y| log pi(y | x)                                                                         (eq. 4)
+    R(x, y) = beta/|y| log pi(y | x)                                  (1) eq. 4
 
 The reward is what the model itself ranks responses by when it writes them, its mean log-prob, so no second model is in
 memory. Nothing holds pi near the model it began as, but the learning rate and few steps. gamma is the target reward
@@ -101,11 +101,11 @@ def pair_loss(logp, mask, num_pairs, beta, gamma, label_smoothing=0.0):
     beta: reward per nat of the mean token; gamma: the margin to win by, in units of the reward
     label_smoothing: the probability that chosen and rejected are exchanged, below 0.5
     """
-    R = beta * (logp * mask).sum(1) / mask.sum(1)  # [2N] reward
+    R = beta * (logp * mask).sum(1) / mask.sum(1)  # [2N] (1) reward
     margin = R[0::2] - R[1::2]  # [N] chosen - rejected
     right = logsigmoid(margin - gamma)  # [N]
     wrong = logsigmoid(-margin - gamma)  # [N] if the label is the wrong way round
-    objective = (1 - label_smoothing) * right + label_smoothing * wrong  # [N]
+    objective = (1 - label_smoothing) * right + label_smoothing * wrong  # [N] (2)
     return -objective.sum() / num_pairs, pair_stats(R, logp, mask)
 
 
