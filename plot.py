@@ -1,4 +1,7 @@
-"""Draw the metrics of runs over each other: `python plot.py runs/a runs/b --out curves.png`."""
+"""Draw the metrics of runs over each other, and print where they end.
+
+python plot.py runs/a runs/b --metrics eval_pass@1,reward --out curves.png
+"""
 
 import json
 from pathlib import Path
@@ -47,6 +50,16 @@ MOST_PANELS = 9  # more on a page is illegible
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe-Ito: colour-blind safe
 STYLES = ["-", "--", ":"]
 SEEDS_FOR_STD = 5  # of fewer seeds the band shows the range
+NO_LABEL = {
+    "script",
+    "seed",
+    "out",
+    "resume",
+    "track",
+    "steps",
+    "eval_every",
+    "save_every",
+}  # these tell no curves apart
 
 
 def read_run(folder: Path) -> tuple[dict, dict]:
@@ -84,7 +97,7 @@ def differing_settings(configs: list[dict]) -> set[str]:
                     continue
                 if a[key] != b.get(key):
                     differing.add(key)
-    return differing - {"script", "seed", "out", "resume", "track"}
+    return differing - NO_LABEL
 
 
 def curves(folders: list[Path]) -> dict[str, list[dict]]:
@@ -107,13 +120,21 @@ def curves(folders: list[Path]) -> dict[str, list[dict]]:
     return found
 
 
-def draw_line(ax: "Axes", seeds: list[dict], name: str, label: str, colour: str, style: str) -> None:
-    """The mean of several seeds and their band; or each step of one run, thin, under the running mean, bold."""
-    shared = set(seeds[0].get(name, {}))  # steps of all seeds; a mean over fewer would jump
+def values_of(seeds: list[dict], name: str) -> tuple[list[int], np.ndarray]:
+    """The S steps at which all seeds of a curve have a metric, and its values there, [seeds, S].
+
+    A mean over fewer seeds would jump.
+    """
+    shared = set(seeds[0].get(name, {}))
     for metrics in seeds[1:]:
         shared &= set(metrics.get(name, {}))
     steps = sorted(shared)
-    values = np.array([[metrics[name][step] for step in steps] for metrics in seeds])  # [seeds, steps]
+    return steps, np.array([[metrics[name][step] for step in steps] for metrics in seeds])
+
+
+def draw_line(ax: "Axes", seeds: list[dict], name: str, label: str, colour: str, style: str, neighbours: int) -> None:
+    """The mean of several seeds and their band; or each step of one run, thin, under the running mean, bold."""
+    steps, values = values_of(seeds, name)
     line = values.mean(0)
     is_evaluation = name.startswith("eval_")  # a mean over many problems already, so not smoothed
     if len(seeds) > 1:
@@ -121,7 +142,7 @@ def draw_line(ax: "Axes", seeds: list[dict], name: str, label: str, colour: str,
         ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     elif not is_evaluation:
         ax.plot(steps, line, color=colour, alpha=0.35, linewidth=0.8)
-        line = running_mean(line)
+        line = running_mean(line, neighbours)
     marker = ""
     if is_evaluation or len(steps) == 1:
         marker = "o"
@@ -137,18 +158,28 @@ def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean - std, mean + std
 
 
-def running_mean(values: np.ndarray) -> list[float]:
-    """Each value's mean with its neighbours, a thirtieth of all on each side."""
-    k = len(values) // 30
+def running_mean(values: np.ndarray, neighbours: int) -> list[float]:
+    """Each value's mean with so many neighbours on each side."""
     means = []
     for i in range(len(values)):
-        start = max(0, i - k)
-        means.append(values[start : i + k + 1].mean())
+        start = max(0, i - neighbours)
+        means.append(values[start : i + neighbours + 1].mean())
     return means
 
 
-def choose_panels(names: list[str]) -> list[Panel]:
-    """Those of PANELS that have data, and then one for each metric that is in none of them."""
+def smoothing(found: dict[str, list[dict]]) -> int:
+    """How many neighbours a running mean has on each side, the same for all curves: a thirtieth of the longest run."""
+    lengths = [len(values) for seeds in found.values() for metrics in seeds for values in metrics.values()]
+    return max(lengths) // 30
+
+
+def choose_panels(names: list[str], wanted: list[str]) -> list[Panel]:
+    """Those of PANELS that have data, and then one for each metric that is in none of them; or one for each wanted."""
+    if wanted:
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            fail(f"--metrics {missing[0]}: no run has it; there are {', '.join(sorted(names))}")
+        return [Panel(name, "value", {name: name}) for name in wanted]
     panels = []
     known = set(WITHOUT_PANEL)
     for panel in PANELS:
@@ -161,7 +192,7 @@ def choose_panels(names: list[str]) -> list[Panel]:
     return panels[:MOST_PANELS]
 
 
-def draw_panel(ax: "Axes", panel: Panel, found: dict[str, list[dict]], names: list[str]) -> None:
+def draw_panel(ax: "Axes", panel: Panel, found: dict[str, list[dict]], names: list[str], neighbours: int) -> None:
     """One panel with all curves: of a single one all metrics of the panel, of several one metric."""
     shown = [name for name in panel.legends if name in names]
     if len(found) > 1:
@@ -170,7 +201,7 @@ def draw_panel(ax: "Axes", panel: Panel, found: dict[str, list[dict]], names: li
         for j, name in enumerate(shown):
             colour = COLOURS[(i + j) % len(COLOURS)]
             style = STYLES[(i // len(COLOURS) + j) % len(STYLES)]
-            draw_line(ax, seeds, name, panel.legends[name], colour, style)
+            draw_line(ax, seeds, name, panel.legends[name], colour, style, neighbours)
     title = panel.title
     pad = 8
     if len(shown) > 1:
@@ -198,8 +229,11 @@ def heading(label: str, seeds: list[dict]) -> str:
     return f"{label} ({len(seeds)} seeds, band: mean ± 1 std)"
 
 
-def figure(folders: list[Path]) -> "Figure":
-    """The runs in these folders on one page, to show in a notebook or to save."""
+def figure(folders: list[Path], wanted: list[str] | None = None) -> "Figure":
+    """The runs in these folders on one page, to show in a notebook or to save.
+
+    wanted: the metrics to draw, a panel each; without it a choice of all there are
+    """
     from matplotlib.figure import Figure  # not pyplot, which would change the plotting state of a notebook
 
     found = curves(folders)
@@ -207,7 +241,8 @@ def figure(folders: list[Path]) -> "Figure":
     for seeds in found.values():
         for metrics in seeds:
             names += [name for name in metrics if name not in names]
-    panels = choose_panels(names)
+    panels = choose_panels(names, wanted or [])
+    neighbours = smoothing(found)
     rows = (len(panels) + 2) // 3
     columns = min(3, len(panels))
     width = 4.6 * columns
@@ -215,25 +250,50 @@ def figure(folders: list[Path]) -> "Figure":
     page = Figure(figsize=(width, height), layout="constrained")
     for place, panel in enumerate(panels, 1):
         ax = page.add_subplot(rows, columns, place)
-        draw_panel(ax, panel, found, names)
+        draw_panel(ax, panel, found, names, neighbours)
     headings = [heading(label, seeds) for label, seeds in found.items()]
     lines, _ = page.axes[0].get_legend_handles_labels()  # with several curves one line each, else one per metric
     page.legend(lines[: len(headings)], headings, loc="outside upper center", fontsize=14, frameon=False)
     return page
 
 
-def draw(folders: tyro.conf.Positional[list[Path]], out: Path = Path("curves.png")) -> None:
+def final_values(folders: list[Path], wanted: list[str]) -> list[str]:
+    """A line for each curve: what its metrics end at, the mean of the seeds and their std if there are several."""
+    lines = []
+    for label, seeds in curves(folders).items():
+        parts = []
+        for name in wanted or ["eval_pass@1", "eval_accuracy", "reward", "response_length"]:
+            steps, values = values_of(seeds, name)
+            if not steps:
+                continue
+            final = values[:, -1]
+            spread = f" ± {final.std(ddof=1):.2g}" if len(seeds) > 1 else ""
+            parts.append(f"{name} {final.mean():.3g}{spread} at step {steps[-1]}")
+        seeds_in_words = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        lines.append(f"{label} ({seeds_in_words}): {', '.join(parts)}")
+    return lines
+
+
+def save(folders: list[Path], out: Path, wanted: list[str] | None = None) -> None:
+    """Write the page of these runs."""
+    figure(folders, wanted).savefig(out, dpi=90)
+
+
+def draw(folders: tyro.conf.Positional[list[Path]], metrics: str = "", out: Path = Path("curves.png")) -> None:
     """Draw runs over each other; those that differ only in seed, out, resume or track become a mean and a band.
 
     Args:
         folders: Folders of runs, such as runs/grpo runs/rloo. A single run is drawn in more detail.
+        metrics: Names of metrics.jsonl with commas between them, to draw these only.
         out: The picture to write; its ending gives the format: .png, .pdf or .svg.
     """
     if not folders:
-        fail("usage: python plot.py runs/a [runs/b ...] [--out curves.png]")
+        fail("usage: python plot.py runs/a [runs/b ...] [--metrics a,b] [--out curves.png]")
     if out.suffix not in (".png", ".pdf", ".svg") or not out.parent.is_dir():
         fail(f"--out {out}: must end in .png, .pdf or .svg and lie in a folder that exists")
-    figure(folders).savefig(out, dpi=90)
+    wanted = [name for name in metrics.split(",") if name]
+    save(folders, out, wanted)
+    print("\n".join(final_values(folders, wanted)))
 
 
 if __name__ == "__main__":

@@ -347,7 +347,7 @@ class Run:
             if step > 0 and (self.interrupted or self.due(self.config.save_every, step)):
                 save_checkpoint(self.folder, step, self.objects, self.fingerprint)
                 save_model(self.folder, self.objects["policy"].model, self.tokenizer)
-                plot.draw([self.folder], self.folder / "curves.png")
+                plot.save([self.folder], self.folder / "curves.png")
         self.record = {}
 
     def finish(self) -> None:

@@ -42,7 +42,7 @@ def bold(ax) -> list:
 
 
 def test_the_picture_is_written_and_not_blank(tmp_path):
-    plot.draw([make_run(tmp_path / "a")], tmp_path / "curves.png")
+    plot.draw([make_run(tmp_path / "a")], out=tmp_path / "curves.png")
     pixels = imread(tmp_path / "curves.png")[..., :3]
     blue = np.abs(pixels - np.array([0x00, 0x72, 0xB2]) / 255).max(-1) < 0.02
     assert blue.sum() > 500  # the curves, not only axes and text
@@ -182,14 +182,14 @@ def test_empty_metrics_are_refused(tmp_path, text):
     run = make_run(tmp_path / "a")
     (run / "metrics.jsonl").write_text(text)
     with pytest.raises(SystemExit, match="no metrics"):
-        plot.draw([run], tmp_path / "curves.png")
+        plot.draw([run], out=tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 
 @pytest.mark.parametrize("name", ["curves", "curves.txt", "missing/curves.png"])
 def test_a_bad_out_is_refused_before_the_runs_are_read(tmp_path, name):
     with pytest.raises(SystemExit, match="--out"):
-        plot.draw([tmp_path / "no run"], tmp_path / name)
+        plot.draw([tmp_path / "no run"], out=tmp_path / name)
 
 
 def test_the_command_line(tmp_path):
@@ -199,3 +199,27 @@ def test_the_command_line(tmp_path):
     make_run(tmp_path / "a")
     subprocess.run([*script, "a", "--out", "b.png"], cwd=tmp_path, check=True)
     assert imread(tmp_path / "b.png").size
+    assert (tmp_path / "b.png").exists()
+
+
+def test_more_steps_or_other_intervals_make_no_other_curve(tmp_path):
+    runs = [make_run(tmp_path / "a", eval_every=2, save_every=1), make_run(tmp_path / "b", steps=6, seed=1)]
+    assert list(plot.curves(runs)) == ["grpo"]
+
+
+def test_all_curves_are_smoothed_alike(tmp_path):
+    runs = [make_run(tmp_path / "a", steps=60), make_run(tmp_path / "b", steps=20, script="rloo")]
+    short = bold(panels(plot.figure(runs))["Reward in training"])[1]
+    assert short.get_ydata()[0] == 2, "the mean of 1, 2, 3, as in the longer run"
+
+
+def test_metrics_names_what_is_drawn(tmp_path):
+    run = make_run(tmp_path / "a")
+    assert list(panels(plot.figure([run], ["reward", "eval_pass@1"]))) == ["reward", "eval_pass@1"]
+    with pytest.raises(SystemExit, match="--metrics rewards: no run has it; there are eval_accuracy"):
+        plot.draw([run], "rewards", tmp_path / "curves.png")
+
+
+def test_where_the_curves_end_is_printed(tmp_path, capsys):
+    plot.draw([make_run(tmp_path / str(seed), seed=seed) for seed in (0, 2)], "reward", tmp_path / "curves.png")
+    assert capsys.readouterr().out == "grpo (2 seeds): reward 5 ± 1.4 at step 4\n"
