@@ -9,6 +9,7 @@ An example is a dict:
     opened     True where the prompt ends with <think>, so that the response begins inside the thinking
     numbers, target    countdown only
     solution   only for answers in the style of GSM8K: the full text, of which the answer is what follows ####
+and the other columns of the data, under their own names.
 """
 
 import json
@@ -44,6 +45,10 @@ COLUMNS = {
     "chosen": ("chosen",),
     "rejected": ("rejected",),
 }
+
+
+# What we write into an example ourselves, so that no column of the data may stand for it.
+OWN_FIELDS = {"verifier", "level", "tags", "opened", "numbers", "target", "solution", "prompt_ids", *COLUMNS}
 
 
 @dataclass
@@ -324,7 +329,7 @@ NUMBER = re.compile(
 
 
 def to_example(row: dict, task: str, where: str) -> dict:
-    """Turn a row of a data set into an example.
+    """Turn a row of a data set into an example, its other columns included.
 
     Except in `math`, plain numbers are compared as numbers and words as words.
     """
@@ -340,9 +345,12 @@ def to_example(row: dict, task: str, where: str) -> dict:
         answer = sign + number["digits"].replace(",", "") + number["fraction"]
     elif task != "math" and is_words(answer):
         verifier = "text"
-    example = {"question": fields["question"].strip(), "answer": answer, "verifier": verifier}
+    others = {name: value for name, value in row.items() if name not in OWN_FIELDS}  # for rewards that want them
+    example = others | {"question": fields["question"].strip(), "answer": answer, "verifier": verifier}
     if "####" in fields["answer"]:
         example["solution"] = fields["answer"]
+    if not isinstance(example.get("system") or "", str):
+        fail(f'{where}: "system" must be text, not {example["system"]!r:.40}')
     return example
 
 
@@ -379,13 +387,15 @@ def warn_about_answers(examples: list[dict]) -> None:
 
 
 def warn_about_columns(rows: list[tuple[str, dict]]) -> None:
-    """Say which columns that often belong to a question are not read."""
+    """Say which columns that often belong to a question are not shown to the model."""
     unread = []
     for column in ("choices", "options", "context", "passage"):
         if any(column in row for _, row in rows):
             unread.append(column)
     if unread:
-        print(f"data: the columns {', '.join(unread)} are not read; write what the model needs into the question")
+        print(
+            f"data: the columns {', '.join(unread)} are not shown to the model; write what it needs into the question"
+        )
 
 
 # --- prompts ---
@@ -422,7 +432,7 @@ def render_prompt(example: dict, tokenizer, template: str) -> str:
     """The prompt as text."""
     template = resolve_template(tokenizer, template)
     question = example["question"]
-    system = example.get("system", "")
+    system = example.get("system") or ""
     if template == "chat":
         messages = []
         if system:
@@ -554,6 +564,7 @@ def encode_task(task: Task, config, tokenizer, positions: int | None) -> tuple[l
 
     positions: the most tokens that the model takes; None without a limit
     """
+    task = Task(task.name, with_system(task.train, config.system), with_system(task.test, config.system))
     print(describe(task, tokenizer, config.template))
     train = encode_prompts(task.train, tokenizer, config.template, config.max_prompt_tokens, "training")
     check_enough(train, config)
@@ -563,6 +574,13 @@ def encode_task(task: Task, config, tokenizer, positions: int | None) -> tuple[l
     check_positions(longest_prompt + config.max_new_tokens, positions, "--max-new-tokens")
     start_judge(train + held_out)
     return train, held_out
+
+
+def with_system(examples: list[dict], system: str) -> list[dict]:
+    """The examples with this system message, where they have none of their own."""
+    if not system:
+        return examples
+    return [example | {"system": example.get("system") or system} for example in examples]
 
 
 def check_enough(examples: list[dict], config) -> None:

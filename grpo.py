@@ -31,13 +31,13 @@ from logprobs import batch_logprobs, load_policy
 from plumbing.flags import AtLeast, RunConfig, parse
 from plumbing.processes import sum_gradients
 from plumbing.run import Run
-from rewards import parse_weights, score, total
+from rewards import parse_weights, score, weighted_sum
 from rollout import check_sampler, make_sampler
 
 
 @dataclass
 class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumbing/flags.py
-    rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards of rewards.py with their weights
+    rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards with weights; 0: only logged
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
     group_size: Annotated[int, AtLeast(2)] = 8  # G: responses per question; the group is the baseline
@@ -151,8 +151,8 @@ def main(config: Config) -> None:
 
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index.tolist()]  # the question of each of the B responses
-        scores = score(batch.texts, examples, weights)  # reward name -> B numbers
-        rewards = torch.tensor(total(scores, weights), device=accelerator.device)  # [B]
+        scores = score(batch, examples, weights)  # reward name -> B numbers
+        rewards = torch.tensor(weighted_sum(scores, weights), device=accelerator.device)  # [B]
         batch["rewards"] = rewards
         batch["advantages"] = group_advantages(rewards, config.group_size)  # [B]
 

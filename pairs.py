@@ -23,6 +23,7 @@ from data import (
     render_prompt,
     resolve_template,
     warn_about_control_tokens,
+    with_system,
 )
 from logprobs import batch_logprobs
 from plumbing.fail import fail
@@ -181,6 +182,7 @@ def encode_preferences(pairs: list[dict], tokenizer, config, split: str) -> list
     limit = config.max_new_tokens
     cut = 0
     kept = []
+    pairs = with_system(pairs, config.system)
     encoded = encode_prompts(pairs, tokenizer, config.template, config.max_prompt_tokens, split)
     warn_about_responses([pair[name] for pair in encoded for name in RESPONSES], tokenizer, split)
     for pair in encoded:
@@ -244,7 +246,7 @@ def sample_pairs(config, sampler, questions: list[dict], make_pairs, seed: int) 
 def pairs_of_batch(batch: Rollouts, questions: list[dict], group_size: int, make_pairs) -> list[dict]:
     """The pairs among the responses of a batch, in the order of its questions."""
     examples = [questions[i] for i in batch.prompt_index.tolist()]
-    accuracy = score(batch.texts, examples, ["accuracy"])["accuracy"]
+    accuracy = score(batch, examples, ["accuracy"])["accuracy"]
     right = [x == 1 for x in accuracy]
     lengths = batch.lengths.tolist()
     response_ids = batch.response_ids.tolist()
@@ -349,7 +351,7 @@ def encode_demonstrations(demonstrations: list[dict], tokenizer, config, split: 
     --max-response-tokens is cut, and has no end; says how many were.
     """
     limit = config.max_response_tokens
-    examples = [pair | {"question": pair["prompt"]} for pair in demonstrations]
+    examples = [pair | {"question": pair["prompt"]} for pair in with_system(demonstrations, config.system)]
     encoded = encode_prompts(examples, tokenizer, config.template, config.max_prompt_tokens, split)
     warn_about_responses([pair["response"] for pair in encoded], tokenizer, split)
     cut = 0

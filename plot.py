@@ -186,7 +186,7 @@ def choose_panels(names: list[str], wanted: list[str]) -> list[Panel]:
         known.update(panel.legends)
         if any(name in names for name in panel.legends):
             panels.append(panel)
-    for name in names:
+    for name in sorted(names, key=lambda name: not name.startswith("eval_")):  # held-out ones first
         if name not in known:
             panels.append(Panel(name, "value", {name: name}))
     return panels[:MOST_PANELS]

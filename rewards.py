@@ -6,19 +6,22 @@ A reward is a function `(response, example) -> float`, registered under its own 
     def short(response, example):
         return 1.0 if len(response) < 200 else 0.0
 
-Write one like it in this file and name it on the command line: `accuracy=1 short=0.1`. A learned reward model is
-named by its folder or its name on the Hub: `accuracy=0 path/to/reward_model=1`.
+Write one like it in this file and name it on the command line: `accuracy=1 short=0.1`; with weight 0 it is logged and
+not rewarded. It may have two more arguments, by these names: `tokens`, the ids of the response, and `finish_reason`,
+"stop" or "length". A learned reward model is named by its folder or its name on the Hub:
+`accuracy=0 path/to/reward_model=1`.
 
-An `example` is a dict from data.py, with "question", "answer" and "verifier"; verifiers.py says which answer is right.
+An `example` is a dict from data.py, with "question", "answer" and "verifier", and with the other columns of your data.
+verifiers.py says which answer is right.
 A response whose answer cannot be checked gets 0, and is counted in the metric `unchecked`.
 """
 
+import inspect
 import math
-from statistics import fmean as mean
-from statistics import stdev
+from statistics import fmean, stdev
 
 from plumbing.fail import fail, first_line
-from verifiers import TAGS, Unchecked, is_right
+from verifiers import TAGS, Unchecked, final_answers, is_right
 
 REWARDS = {}
 
@@ -65,19 +68,23 @@ class Scores(dict):
     unchecked: list[float]
 
 
-def score(responses, examples, names) -> Scores:
-    """B values per named reward, in the order of the B responses. "accuracy" is always among them.
+def score(batch, examples: list[dict], names) -> Scores:
+    """B values per named reward of a batch of responses, in their order. "accuracy" is always among them.
 
+    batch: Rollouts; what is read of it are texts, response_ids, lengths and finish_reasons
     A reward that needs to know whether an answer is right is 0 where that could not be checked.
     ValueError if there is not one example per response; RuntimeError if a reward raises or returns no finite number.
     """
+    lengths = batch.lengths.tolist()
+    tokens = [ids[:length] for ids, length in zip(batch.response_ids.tolist(), lengths, strict=True)]
     scores = Scores()
-    scores.unchecked = [0.0] * len(responses)
+    scores.unchecked = [0.0] * len(lengths)
     for name in dict.fromkeys(["accuracy", *names]):  # each name once, in this order
         scores[name] = []
-        for i, (response, example) in enumerate(zip(responses, examples, strict=True)):
+        responses = zip(batch.texts, examples, tokens, batch.finish_reasons, strict=True)
+        for i, (text, example, ids, finish_reason) in enumerate(responses):
             try:
-                value = call(name, response, example)
+                value = score_one(name, text, example, tokens=ids, finish_reason=finish_reason)
             except Unchecked:
                 value = 0.0
                 scores.unchecked[i] = 1.0
@@ -85,7 +92,7 @@ def score(responses, examples, names) -> Scores:
     return scores
 
 
-def total(scores: dict[str, list[float]], weights: dict[str, float]) -> list[float]:
+def weighted_sum(scores: dict[str, list[float]], weights: dict[str, float]) -> list[float]:
     """The reward of each of the B responses: the weighted sum of its named scores."""
     rewards = []
     for i in range(len(scores["accuracy"])):
@@ -93,10 +100,15 @@ def total(scores: dict[str, list[float]], weights: dict[str, float]) -> list[flo
     return rewards
 
 
-def call(name: str, response: str, example: dict) -> float:
-    """One value of one reward. An error in a reward is a bug to fix, not a score of 0, so it stops the run."""
+def score_one(name: str, response: str, example: dict, **more) -> float:
+    """One value of one reward. An error in a reward is a bug to fix, not a score of 0, so it stops the run.
+
+    more: what the reward gets if it has an argument of that name
+    """
+    function = REWARDS[name]
+    wanted = inspect.signature(function).parameters
     try:
-        value = float(REWARDS[name](response, example))
+        value = float(function(response, example, **{key: x for key, x in more.items() if key in wanted}))
         if not math.isfinite(value):
             raise ValueError(f"returned {value}")
     except Unchecked:
@@ -104,6 +116,11 @@ def call(name: str, response: str, example: dict) -> float:
     except Exception as error:
         raise RuntimeError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
     return value
+
+
+def has_answer(response: str, example: dict) -> bool:
+    """Whether a response has a final answer, right or wrong."""
+    return bool(final_answers(response, example))
 
 
 # --- the rewards ---
@@ -115,8 +132,7 @@ def accuracy(response: str, example: dict) -> float:
     return float(is_right(response, example))
 
 
-@reward
-def format(response: str, example: dict) -> float:
+def thinks_then_answers(response: str, example: dict) -> float:
     """1 for `<think> reasoning </think> <answer> something </answer>` and nothing else; 0 otherwise.
 
     If the prompt ends with <think> (the example says "opened"), the response has no opening <think> of its own.
@@ -141,6 +157,9 @@ def format(response: str, example: dict) -> float:
     return 1.0
 
 
+REWARDS["format"] = thinks_then_answers  # a function called format would hide Python's own
+
+
 @reward
 def tagged(response: str, example: dict) -> float:
     """1 if the response ends with an answer between <answer> and </answer>, its only one; no reasoning is asked for."""
@@ -160,7 +179,7 @@ def tagged(response: str, example: dict) -> float:
 @reward
 def r1_zero(response: str, example: dict) -> float:
     """1 only if format and accuracy both are: nothing for the mere look of an answer."""
-    if format(response, example) == 0.0:
+    if thinks_then_answers(response, example) == 0.0:
         return 0.0
     return accuracy(response, example)
 
@@ -249,19 +268,19 @@ def rollout_metrics(
         else:
             wrong.append(length)
 
-    metrics = {"reward": mean(rewards)}
+    metrics = {"reward": fmean(rewards)}
     for name, values in scores.items():
-        metrics[f"reward/{name}"] = mean(values)
-    metrics["reward_std"] = mean([stdev(group) for group in groups]) if group_size > 1 else None  # ddof 1
+        metrics[f"reward/{name}"] = fmean(values)
+    metrics["reward_std"] = fmean([stdev(group) for group in groups]) if group_size > 1 else None  # ddof 1
     metrics["accuracy"] = len(right) / len(rewards)
-    metrics["response_length"] = mean(lengths)
-    metrics["response_length_right"] = mean(right) if right else None
-    metrics["response_length_wrong"] = mean(wrong) if wrong else None
+    metrics["response_length"] = fmean(lengths)
+    metrics["response_length_right"] = fmean(right) if right else None
+    metrics["response_length_wrong"] = fmean(wrong) if wrong else None
     metrics["truncated"] = finish_reasons.count("length") / len(rewards)
     differ = [float(max(group) > min(group)) for group in groups]
-    metrics["informative_groups"] = mean(differ) if group_size > 1 else None
+    metrics["informative_groups"] = fmean(differ) if group_size > 1 else None
     metrics["tokens"] = sum(lengths)
-    metrics["unchecked"] = mean(unchecked) if unchecked else 0.0
+    metrics["unchecked"] = fmean(unchecked) if unchecked else 0.0
     return metrics
 
 
@@ -276,11 +295,15 @@ def evaluation_metrics(greedy: list, scores: dict, lengths: list, k: int, unchec
     correct = []  # for each question, how many of its k responses are right
     for i in range(0, len(values), k):
         correct.append(round(sum(values[i : i + k])))
-    return {
-        "eval_accuracy": mean(greedy),
-        "eval_pass@1": mean([pass_at_k(k, c, 1) for c in correct]),
-        f"eval_pass@{k}": mean([pass_at_k(k, c, k) for c in correct]),
-        "eval_format": mean(scores["format"]),
-        "eval_response_length": mean(lengths),
-        "eval_unchecked": mean(unchecked) if unchecked else 0.0,
+    metrics = {
+        "eval_accuracy": fmean(greedy),
+        "eval_pass@1": fmean([pass_at_k(k, c, 1) for c in correct]),
+        f"eval_pass@{k}": fmean([pass_at_k(k, c, k) for c in correct]),
+        "eval_format": fmean(scores["format"]),
+        "eval_response_length": fmean(lengths),
+        "eval_unchecked": fmean(unchecked) if unchecked else 0.0,
     }
+    for name, values in scores.items():
+        if name not in ("accuracy", "format"):
+            metrics[f"eval_reward/{name}"] = fmean(values)
+    return metrics

@@ -13,7 +13,7 @@ FORMAT = 2  # of checkpoint.pt; another number cannot be resumed
 
 def fingerprint(data: list[dict]) -> str:
     """A short text that is another one for other data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def save_checkpoint(folder: Path, step: int, objects: dict, data: str) -> None:

@@ -29,6 +29,7 @@ class RunConfig:
     task: str = "arithmetic"  # arithmetic, arithmetic_words, countdown, gsm8k, math, qa; levels as in arithmetic:3-6
     data: tuple[str, ...] = ()  # JSONL file or Hub set of questions and answers; a second one is held out
     template: Literal["auto", "plain", "r1", "chat"] = "auto"  # how a question becomes a prompt
+    system: str = ""  # system message before every question that has none; without a chat template, text before it
     sampler: Literal["auto", "hf", "vllm"] = "auto"  # what writes the responses
     max_prompt_tokens: int = 512  # longer prompts are left out, tokens
     sampler_tokens: int = 65536  # most tokens in the Hugging Face sampler's cache, at least one group; memory only

@@ -26,7 +26,7 @@ from plumbing.checkpoint import fingerprint, load_checkpoint, save_checkpoint, s
 from plumbing.fail import fail
 from plumbing.flags import check_config
 from plumbing.processes import gather
-from rewards import evaluation_metrics, rollout_metrics, score
+from rewards import evaluation_metrics, has_answer, rollout_metrics, score
 
 SHOWN = 8  # training responses in samples.jsonl, and held-out questions in held_out.jsonl, each time
 
@@ -236,7 +236,7 @@ class Run:
     def show_progress(self) -> None:
         """A few metrics beside the progress bar."""
         shown = []
-        for name in ("loss", "reward", "accuracy", "response_length", "margin"):
+        for name in ("reward", "accuracy", "response_length", "margin", "grad_norm", "loss"):  # the loss says least
             if name in self.record:
                 shown.append(f"{name} {self.record[name]:.3g}")
         rate = self.record["tokens"] / self.record["seconds"]
@@ -251,7 +251,7 @@ class Run:
     def evaluate(self, step: int, sampler, examples: list[dict], rewards=(), **per_token) -> None:
         """Add held-out metrics: greedy accuracy, and pass@1 and pass@k from k samples at the training temperature.
 
-        rewards: the named rewards that held_out.jsonl has besides accuracy and format
+        rewards: more named rewards of the samples, besides accuracy and format: in the metrics and in held_out.jsonl
         per_token: more numbers in it, each by a function of a batch that returns [B, T]
         """
         if len(examples) < self.accelerator.num_processes:
@@ -265,9 +265,9 @@ class Run:
         title = f"evaluation after step {step}" if self.main else ""
         greedy = sampler.generate(prompts, n=1, temperature=0.0, seed=0, show=f"{title}, greedy" if title else "")
         sampled = sampler.generate(prompts, n=k, temperature=self.config.temperature, seed=0, show=title)
-        greedy_scores = score(greedy.texts, examples, [])
+        greedy_scores = score(greedy, examples, [])
         examples_of_samples = [example for example in examples for _ in range(k)]
-        scores = score(sampled.texts, examples_of_samples, ["format"])
+        scores = score(sampled, examples_of_samples, ["format", *rewards])
         metrics = evaluation_metrics(
             gather(greedy_scores["accuracy"]),
             {name: gather(values) for name, values in scores.items()},
@@ -285,9 +285,13 @@ class Run:
             return
         for _, record in sorted(records, key=lambda pair: pair[0]):  # in the order of the questions
             self.append("held_out.jsonl", record)
-        names = [f"{name.removeprefix('eval_')} {x:.2f}" for name, x in self.record.items() if name.startswith("eval_")]
+        words = {"eval_accuracy": "greedy", "eval_pass@1": "one sample", f"eval_pass@{k}": f"best of {k}"}
+        shown = []
+        for name, x in self.record.items():
+            if name.startswith("eval_"):
+                shown.append(f"{words.get(name, name.removeprefix('eval_'))} {x:.2f}")
         sample = f"{examples[0]['question']!r} -> {sampled.texts[0]!r}"
-        tqdm.write(f"held out, after step {step}: {', '.join(names)}\n    {sample}")
+        tqdm.write(f"held out, after step {step}: {', '.join(shown)}\n    {sample}")
 
     def token_by_token(self, step: int, row, example: dict, rewards, per_token: dict) -> dict:
         """The line of held_out.jsonl for one response: text, tokens, numbers per token, rewards, finish reason."""
@@ -305,14 +309,24 @@ class Run:
         with torch.no_grad(), self.accelerator.autocast():
             for name, function in per_token.items():
                 record[name] = function(row)[0].tolist()
-        for name, values in score(row.texts, [example], ["format", *rewards]).items():
+        for name, values in score(row, [example], ["format", *rewards]).items():
             record[f"reward/{name}"] = values[0]
         return record
 
     def samples(self, step: int, batch, examples: list[dict], scores: dict[str, list], **per_response) -> None:
-        """Append the first responses of a training batch to samples.jsonl, with their rewards and these numbers."""
+        """Append the first responses of a training batch to samples.jsonl, with their rewards and these numbers.
+
+        Says so if not one response of the first step has an answer: then there is nothing to learn from.
+        """
+        answered = [has_answer(text, example) for text, example in zip(batch.texts, examples, strict=True)]
+        answered = gather(answered)
         if not self.main:
             return
+        if step == 1 and not any(answered):
+            self.bar.write(
+                f"step 1: none of {len(answered)} responses has a final answer, so all are wrong. Read samples.jsonl: "
+                "are they cut (--max-new-tokens), is the prompt in the model's form (--template), is an answer asked for?"
+            )
         for i in range(min(SHOWN, len(batch.texts))):
             record = {
                 "step": step,
