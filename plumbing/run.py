@@ -325,7 +325,7 @@ class Run:
         if step == 1 and not any(answered):
             self.bar.write(
                 f"step 1: none of {len(answered)} responses has a final answer, so all are wrong. Read samples.jsonl: "
-                "are they cut (--max-new-tokens), is the prompt in the model's form (--template), is an answer asked for?"
+                "are they cut (--max-new-tokens), has the prompt the model's form (--template), is an answer asked for?"
             )
         for i in range(min(SHOWN, len(batch.texts))):
             record = {
