@@ -62,7 +62,7 @@ def end_tokens(model, tokenizer) -> set[int]:
 
 
 def check_finite(logps: list[list[float]]) -> None:
-    """End the run if a sampled token has no finite log-prob: then the policy gives nan, and its responses say nothing."""
+    """End the run if a sampled token has no finite log-prob: then the policy gives nan."""
     for row in logps:
         if not all(math.isfinite(x) for x in row):
             fail("sampler: the policy's log-probs are not finite (nan or inf); a lower --lr is the usual remedy")
