@@ -33,7 +33,7 @@ LIMITS |= {f"family/{name}": limit for name, limit in FAMILY.items()}
 BEGINNING = """
 import sys
 
-sys.path.append(sys.path[0].removesuffix("family"))  # the root, for `python family/NAME.py`
+sys.path.insert(1, sys.path[0].removesuffix("family"))  # the root, for `python family/NAME.py`
 
 """
 PATCHES = ["dr_grpo", "rloo"]  # these two change nothing but the objective; the others have tests of their own
@@ -86,7 +86,7 @@ def changed(script: str, lines) -> list[str]:
     after = lines(script)
     if script.startswith("family/"):
         after.remove("import sys")
-        after.remove(next(line for line in after if line.startswith("sys.path.append(")))
+        after.remove(next(line for line in after if line.startswith("sys.path.insert(")))
     difference = difflib.unified_diff(lines(LIMITS[script][0]), after, n=0, lineterm="")
     return [line for line in difference if line[0] in "+-" and line[:3] not in ("+++", "---")]
 
