@@ -8,9 +8,10 @@ data.py has. A demonstration has "prompt", "response", "prompt_ids" and "respons
 import math
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from batch import Rollouts, collate, right_pad
+from batch import Rollouts, collate
 from data import (
     COLUMNS,
     SPLIT_SEED,
@@ -62,7 +63,8 @@ def encode_pairs(
     """
     train = encode_preferences(train, tokenizer, config, "training")
     held_out = encode_preferences(test[: config.eval_prompts], tokenizer, config, "held-out")
-    longest = max(max(tokens_together(pair, "chosen"), tokens_together(pair, "rejected")) for pair in train + held_out)
+    lengths = [tokens_together(pair, response) for pair in train + held_out for response in RESPONSES]
+    longest = max(lengths, default=0)  # where all pairs were left out, the script ends the run
     check_positions(longest, positions, "--max-new-tokens")
     return train, held_out
 
@@ -289,7 +291,7 @@ class Reference:
         if new:
             batch = pair_batch(list(new.values()), tokenizer, device)
             logp = batch_logprobs(self.policy, batch, config.temperature, config.tokens_per_microbatch)  # [2n, T]
-            rows = [row[:length] for row, length in zip(logp.tolist(), batch.lengths.tolist(), strict=True)]
+            rows = [row[:length] for row, length in zip(logp.cpu(), batch.lengths.tolist(), strict=True)]
             found = {ids: rows[2 * i : 2 * i + 2] for i, ids in enumerate(new)}
         else:
             found = {}
@@ -298,7 +300,7 @@ class Reference:
         rows = []
         for pair in pairs:
             rows += self.kept[ids_of(pair)]
-        return right_pad(rows, 0.0, device)
+        return pad_sequence(rows, batch_first=True).to(device)
 
     def state_dict(self) -> dict:
         return self.kept

@@ -5,6 +5,7 @@ Training uses exactly the token ids that were sampled: their text, tokenised aga
 
 import functools
 import importlib.util
+import math
 import os
 import random
 
@@ -58,6 +59,13 @@ def end_tokens(model, tokenizer) -> set[int]:
         ends.add(generation_eos)
     ends.discard(None)
     return ends
+
+
+def check_finite(logps: list[list[float]]) -> None:
+    """End the run if a sampled token has no finite log-prob: then the policy gives nan."""
+    for row in logps:
+        if not all(math.isfinite(x) for x in row):
+            fail("sampler: the policy's log-probs are not finite (nan or inf); a lower --lr is the usual remedy")
 
 
 # --- Hugging Face ---
@@ -130,6 +138,7 @@ class HFSampler:
                 responses += wave[0]
                 logps += wave[1]
                 finish_reasons += wave[2]
+        check_finite(logps)
         return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device, self.ends)
 
     def decode(self, prompts: list[list[int]], n: int, temperature: float, row_seeds: list[int], bar, max_new_tokens=0):
@@ -249,6 +258,7 @@ def sample_tokens(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> 
             logp = (part / temperature).log_softmax(-1)  # [b, V]
             cumulative = logp.double().exp().cumsum(-1)  # [b, V] in float64: V small numbers are added up
             token = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)  # [b, 1]
+            token = token.clamp(max=logits.shape[1] - 1)  # beyond the end by rounding, or where logits are nan
         ids.append(token)
         logps.append(logp.gather(-1, token))
     return torch.cat(ids), torch.cat(logps)
@@ -346,6 +356,7 @@ class VLLMSampler:
                 responses.append(token_ids)
                 logps.append(token_logps)
                 finish_reasons.append(output.finish_reason)
+        check_finite(logps)
         return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device, self.ends)
 
     def gap(self) -> float:

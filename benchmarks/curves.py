@@ -10,8 +10,8 @@ held-out accuracy (eval_pass@1) after the last step, averaged over the seeds; of
 the higher mean over the evaluations. If it is at the edge of those tried, the sweep tries the next one too. Tuning and
 reporting use different seeds. Runs lie in runs/curves; one that is there already is not made again, so an interrupted
 command goes on. dpo.py and its relatives see no rollouts but pairs of answers of the first policy, so their steps are
-not those of the others. G = 1 is canonical PPO, with one response to each of 128 questions; with V = 0 its value
-network never learns, and the mean of all advantages, which whitening subtracts, is the only baseline.
+not those of the others. G = 1 is canonical PPO, with one response to each of 128 questions; with V = 0 the value
+network never learns, and the mean over the batch, which whitening subtracts, is the only baseline.
 """
 
 import csv
@@ -42,6 +42,7 @@ COMMANDS = {  # name -> what is run
     "rloo": ["rloo.py"],
     "kimi_k15": ["kimi_k15.py"],
     "ppo": ["ppo.py"],
+    "ppo, V = 0": ["ppo.py", "--value-lr", "0"],
     "ppo, G = 1": ["ppo.py", "--group-size", "1", "--prompts-per-step", "128"],
     "ppo, G = 1, V = 0": ["ppo.py", "--group-size", "1", "--prompts-per-step", "128", "--value-lr", "0"],
     "dpo": ["dpo.py"],
@@ -289,7 +290,9 @@ PANELS = [
     Panel("Length of wrong responses", "tokens", "response_length_wrong", METHODS),
     Panel("Entropy of the policy", "nats per token", "entropy", METHODS),
     Panel("Groups with right and wrong responses", "share", "informative_groups", METHODS),
-    Panel("One response per question: accuracy", "share", "eval_pass@1", ["ppo", "ppo, G = 1", "ppo, G = 1, V = 0"]),
+    Panel(
+        "With and without V: held-out accuracy", "share", "eval_pass@1", [name for name in COMMANDS if "ppo" in name]
+    ),
     Panel("What V explains of the returns", "share of variance", "explained_variance", ["ppo", "ppo, G = 1"]),
     Panel("Pairs: held-out accuracy", "share", "eval_pass@1", PAIRS),
 ]

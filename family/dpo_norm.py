@@ -20,7 +20,7 @@ Everything else is kept from dpo.py, cDPO's --label-smoothing too.
 
 import sys
 
-sys.path.append(sys.path[0].removesuffix("family"))  # the root, for `python family/NAME.py`
+sys.path.insert(1, sys.path[0].removesuffix("family"))  # the root, for `python family/NAME.py`
 
 import json
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     max_new_tokens: int = 64  # longest response |y|, tokens; longer ones of --data are cut
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     lr: float = 5e-5  # learning rate of AdamW; 5e-7 to 5e-6 for a pretrained model
-    beta: float = 5.0  # beta: reward per nat and token
+    beta: Annotated[float, AtLeast(1e-3)] = 5.0  # beta: reward per nat and token
     label_smoothing: float = 0.0  # share of pairs that may be labelled the wrong way round
 
 

@@ -21,7 +21,7 @@ Everything else is kept from dpo.py; with --label-smoothing s the loss is (1 - s
 
 import sys
 
-sys.path.append(sys.path[0].removesuffix("family"))  # the root, for `python family/NAME.py`
+sys.path.insert(1, sys.path[0].removesuffix("family"))  # the root, for `python family/NAME.py`
 
 import json
 from dataclasses import dataclass
@@ -53,9 +53,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     max_new_tokens: int = 64  # longest response |y|, tokens; longer ones of --data are cut
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     lr: float = 5e-5  # learning rate of AdamW; 5e-7 to 5e-6 for a pretrained model
-    beta: float = (
-        0.0  # tau: log-ratios are to differ by 1/(2 tau); 0: 0.1 for --data, and 0.5 for the model's own pairs
-    )
+    beta: float = 0.0  # tau; 0: 0.1 for --data, and 0.5 for the model's own pairs
     label_smoothing: float = 0.0  # share of pairs that may be labelled the wrong way round
 
 

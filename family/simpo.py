@@ -9,7 +9,8 @@ For a question x, y_w is the chosen response and y_l the rejected one. Maximise,
 The reward is what the model itself ranks responses by when it writes them, its mean log-prob, so no second model is in
 memory. Nothing holds pi near the model it began as, but the learning rate and few steps. gamma is the target reward
 margin. The paper's runs have beta 2 to 10, gamma/beta 0.1 to 0.8, and learning rates of 3e-7 to 1e-6.
-Everything else is kept from dpo.py, cDPO's --label-smoothing too, where both orders have to win by gamma.
+Everything else is kept from dpo.py, cDPO's --label-smoothing too: either order has to win by gamma, while in TRL
+the reversed one may lose by gamma.
 
     python -m family.simpo
         On a CPU, no download: of a tiny model's responses a verifier makes pairs, and the model learns to think.
@@ -20,7 +21,7 @@ Everything else is kept from dpo.py, cDPO's --label-smoothing too, where both or
 
 import sys
 
-sys.path.append(sys.path[0].removesuffix("family"))  # the root, for `python family/NAME.py`
+sys.path.insert(1, sys.path[0].removesuffix("family"))  # the root, for `python family/NAME.py`
 
 import json
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     max_new_tokens: int = 64  # longest response |y|, tokens; longer ones of --data are cut
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     lr: float = 5e-5  # learning rate of AdamW; 5e-7 to 5e-6 for a pretrained model
-    beta: float = 2.0  # beta: reward per nat and token
+    beta: Annotated[float, AtLeast(1e-3)] = 2.0  # beta: reward per nat and token
     gamma: float = 1.0  # gamma: the reward margin by which the chosen response is to win
     label_smoothing: float = 0.0  # share of pairs that may be labelled the wrong way round
 

@@ -228,6 +228,7 @@ class Run:
                     record[name] = x[i].item()
             if self.main:
                 self.append("not_finite.jsonl", record)
+        self.bar.close()  # so that the message has a line of its own
         fail(
             f"step {self.step}: {reason}; nothing of this step is saved, and its responses are in "
             f"{self.folder / 'not_finite.jsonl'}; a lower --lr is the usual remedy"

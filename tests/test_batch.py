@@ -80,7 +80,9 @@ def test_microbatches_hold_every_row_once_within_the_budget(batch, budget):
     assert list(batch.microbatches(chosen[:0], budget)) == []
 
 
-def test_minibatches_are_a_partition_and_differ_between_seeds(batch):
-    one, again, other = (list(batch.minibatch_rows(3, seed)) for seed in (0, 0, 1))
+def test_minibatches_are_a_partition_and_differ_between_steps_and_epochs(batch):
+    one, again, other, later = (batch.minibatch_rows(3, *key) for key in ((0, 0), (0, 0), (1, 0), (0, 1)))
+    assert not torch.equal(torch.cat(other), torch.cat(later)), "not that of the next step's first epoch"
+    assert not torch.equal(torch.cat(one), torch.cat(later))
     assert sorted(torch.cat(one).tolist()) == list(range(len(batch.texts)))
     assert torch.equal(torch.cat(one), torch.cat(again)) and not torch.equal(torch.cat(one), torch.cat(other))

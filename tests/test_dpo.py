@@ -1,9 +1,14 @@
-"""dpo.py: three objectives against values worked out by hand, how responses make pairs, and the script."""
+"""dpo.py: its objective against values worked out by hand, how responses make pairs, its reference, and the script.
+
+What it has in common with its patches, numbers of TRL among it, is in test_family.py.
+"""
 
 import copy
+import importlib
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -15,12 +20,11 @@ from torch.nn.functional import logsigmoid
 
 import dpo
 from data import draw, load_task
-from dpo import dpo_loss, dpo_norm_loss, long2short_pairs, simpo_loss, verified_pairs
+from dpo import long2short_pairs, pair_loss, verified_pairs
 from logprobs import Policy, load_policy
-from pairs import load_pairs, pair_batch
+from pairs import encode_pairs, pair_batch, read_pairs
 from rollout import HFSampler
 
-OBJECTIVES = {"dpo": dpo_loss, "dpo_norm": dpo_norm_loss, "simpo": simpo_loss}
 MASK = torch.arange(6) < torch.tensor([[6], [2], [1], [4], [3], [5]])  # three pairs of ragged rows
 SMALL = {"pairs_per_step": 6, "eval_prompts": 8, "steps": 2, "model": str(ROOT / "tiny")}
 
@@ -33,18 +37,23 @@ def ragged(seed=0):
     return logp.requires_grad_(), ref_logp
 
 
-def run(tmp_path, name, **flags):
+def run(tmp_path, name, script=dpo, **flags):
+    """The metrics of a small run of dpo.py or of a patch of it."""
     if "data" not in flags:
         flags = {"pair_prompts": 16} | flags
-    dpo.main(dpo.Config(out=str(tmp_path / name), **SMALL | flags))
+    script.main(script.Config(out=str(tmp_path / name), **SMALL | flags))
     return read_jsonl(tmp_path / name / "metrics.jsonl")
 
 
-def sums(path, n):
-    """A file of n pairs: a right and a wrong answer to i+1=."""
+def sums(path, n, times=1):
+    """A file of n pairs, a right and a wrong answer to i+1=, each so many times."""
     rows = [{"prompt": f"{i}+1=", "chosen": f"{i + 1}", "rejected": "0"} for i in range(n)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * times))
     return str(path)
+
+
+def saved(tmp_path, name):
+    return torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
 
 
 def run_in_two_processes(*flags):
@@ -60,7 +69,7 @@ def test_its_sections_are_those_of_grpo_where_there_is_a_counterpart():
     assert [name for name in base if name in other] == shared, "in the same order"
     lines = {line.split("  #")[0] for line in base["training"].splitlines()}
     same = [line for line in other["training"].splitlines() if line.split("  #")[0] in lines]
-    assert len(same) >= 18, "the set-up is the same where it can be"
+    assert len(same) >= 17, "the set-up is the same where it can be"
     steps = [
         "sum_gradients(accelerator, parameters)",
         "accelerator.clip_grad_norm_(parameters, 1.0)",
@@ -69,12 +78,12 @@ def test_its_sections_are_those_of_grpo_where_there_is_a_counterpart():
     assert all(step in base["update"] and step in other["update"] for step in steps)
 
 
-# --- the objectives ---
+# --- the objective ---
 
 
-def test_dpo_at_the_reference_is_log_2_with_the_gradient_by_hand():
+def test_at_the_reference_the_loss_is_log_2_with_the_gradient_by_hand():
     logp, _ = ragged()
-    loss, stats = dpo_loss(logp, logp.detach(), MASK, 3, beta=0.3)
+    loss, stats = pair_loss(logp, logp.detach(), MASK, 3, beta=0.3)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-12)
     sign = double(-1, 1, -1, 1, -1, 1)[:, None]  # the chosen response rises, the rejected one falls
@@ -82,9 +91,9 @@ def test_dpo_at_the_reference_is_log_2_with_the_gradient_by_hand():
     assert torch.equal(stats["margin"], torch.zeros(3, 1, dtype=torch.float64))
 
 
-def test_dpo_weighs_a_pair_by_how_wrong_its_rewards_are():
+def test_a_pair_is_weighed_by_how_wrong_its_rewards_are():
     logp, ref_logp = ragged()
-    loss, stats = dpo_loss(logp, ref_logp, MASK, 3, beta=0.3)
+    loss, stats = pair_loss(logp, ref_logp, MASK, 3, beta=0.3)
     loss.backward()
     R = 0.3 * ((logp - ref_logp).detach() * MASK).sum(1)
     for i in range(3):
@@ -94,45 +103,22 @@ def test_dpo_weighs_a_pair_by_how_wrong_its_rewards_are():
         assert stats["reward_chosen"][i].item() == pytest.approx(R[2 * i].item())
 
 
-def test_values_by_hand():
-    # One pair: 2 chosen tokens of log-ratio 1 and 3 (log pi -1, -2), 1 rejected token of log-ratio -1 (log pi -4).
-    mask = torch.tensor([[True, True], [True, False]])
-    logp, ref_logp = double(-1, -2, -4, 99).view(2, 2), double(-2, -5, -3, -99).view(2, 2)
-    by_hand = {
-        dpo_loss: 0.5 * 4 - 0.5 * -1,
-        dpo_norm_loss: 5 * (4 / 2) - 5 * -1,
-        simpo_loss: 2 * (-3 / 2) - 2 * -4 - 1,
-    }
-    for objective, logit in by_hand.items():
-        loss, stats = objective(logp, ref_logp, mask, 1)
-        assert loss.item() == pytest.approx(math.log(1 + math.exp(-logit)), abs=1e-12)
-        assert stats["logp_chosen"].item() == -3 and stats["logp_rejected"].item() == -4
-        assert stats["length_chosen"].item() == 2 and stats["length_rejected"].item() == 1
-        assert stats["pair_accuracy"].item() == 1
-    assert simpo_loss(logp, None, mask, 1, beta=4, gamma=2)[0].item() == pytest.approx(math.log(1 + math.exp(-8)))
-    assert simpo_loss(logp, None, mask, 1)[1]["margin"].item() == 5, "the margin is logged without gamma"
+def test_label_smoothing_weighs_both_orders():
+    """One pair with R = 2 and -0.5: the loss is 0.8 log(1 + exp(-2.5)) + 0.2 log(1 + exp(2.5)), by hand 0.5788897."""
+    mask, zero = torch.ones(2, 1, dtype=torch.bool), double(0, 0)[:, None]
+    loss, stats = pair_loss(double(4, -1)[:, None], zero, mask, 1, beta=0.5, label_smoothing=0.2)
+    assert loss.item() == pytest.approx(0.8 * math.log1p(math.exp(-2.5)) + 0.2 * math.log1p(math.exp(2.5)), abs=1e-12)
+    assert loss.item() == pytest.approx(0.5788897, abs=1e-7)
+    assert stats["margin"].item() == 2.5, "the margin is logged as it is"
 
 
-@pytest.mark.parametrize(("objective", "factor"), [(dpo_loss, 2), (dpo_norm_loss, 1), (simpo_loss, 1)])
-def test_only_in_dpo_a_response_twice_as_long_has_twice_the_reward(objective, factor):
-    logp, ref_logp = torch.full((2, 8), -1.0), torch.full((2, 8), -1.5)
-    rewards = []
-    for length in (4, 8):
-        mask = torch.arange(8) < torch.tensor([[length], [2]])
-        rewards.append(objective(logp, ref_logp, mask, 1)[1]["reward_chosen"].item())
-    assert rewards[1] == pytest.approx(factor * rewards[0])
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES.values())
-def test_gradients_against_finite_differences_and_in_parts(objective):
-    logp, ref_logp = ragged(1)
-    loss = lambda x: objective(x, ref_logp, MASK, 3)[0]  # noqa: E731
-    assert torch.autograd.gradcheck(loss, logp)
-    parts = [slice(0, 4), slice(4, 6)]
-    shares = [objective(logp[p], ref_logp[p], MASK[p], 3)[0] for p in parts]
-    assert sum(shares).item() == pytest.approx(loss(logp).item(), abs=1e-12)
-    (gradient,) = torch.autograd.grad(loss(logp), logp)
-    assert torch.equal(gradient != 0, MASK), "all response tokens, and nothing else"
+def test_smoothed_labels_give_the_margin_an_end():
+    """The loss is least where sigma(margin) is the share of right labels, 1 - s."""
+    mask, zero = torch.ones(2, 1, dtype=torch.bool), double(0, 0)[:, None]
+    for logit, sign in ((math.log(0.8 / 0.2), 0), (1.0, -1), (2.0, 1)):
+        logp = double(logit / 0.5, 0)[:, None].requires_grad_()
+        pair_loss(logp, zero, mask, 1, beta=0.5, label_smoothing=0.2)[0].backward()
+        assert logp.grad[0].item() == pytest.approx(0, abs=1e-12) if sign == 0 else sign * logp.grad[0] > 0
 
 
 def test_the_best_policy_for_preferences_is_that_of_the_reward_behind_them():
@@ -145,7 +131,7 @@ def test_the_best_policy_for_preferences_is_that_of_the_reward_behind_them():
         logp, loss = logits.log_softmax(0), 0.0  # five responses of one token
         for i, j in itertools.permutations(range(5), 2):
             prefers = torch.sigmoid(r[i] - r[j])
-            loss = loss + prefers * dpo_loss(logp[[i, j], None], ref[[i, j], None], mask, 1, beta=0.7)[0]
+            loss = loss + prefers * pair_loss(logp[[i, j], None], ref[[i, j], None], mask, 1, beta=0.7)[0]
         return torch.autograd.grad(loss, logits)[0]
 
     assert gradient((ref + r / 0.7).requires_grad_()).abs().max() < 1e-12
@@ -179,6 +165,37 @@ def test_the_reference_is_the_policy_before_training_and_stays_so(tiny, batch):
     assert torch.equal(policy.reference()(batch, 0.7)[0], moved), "asked for later, it is the later policy"
 
 
+@pytest.fixture
+def reference_rows(monkeypatch):
+    """The responses that go through a reference policy."""
+    rows, make = [], Policy.reference
+
+    def make_watched(policy):
+        reference = make(policy)
+        reference.register_forward_pre_hook(lambda module, arguments: rows.extend(arguments[0].texts))
+        return reference
+
+    monkeypatch.setattr(Policy, "reference", make_watched)
+    return rows
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_in_two_epochs_the_reference_sees_each_pair_once(tmp_path, reference_rows, times):
+    """20 pairs, of which 2 are held out; twice in the file they still are 20."""
+    data = sums(tmp_path / "a.jsonl", 20, times)
+    records = run(tmp_path, "run", data=(data,), pairs_per_step=6, steps=6 * times, eval_every=2)
+    assert len(records) == 1 + 6 * times
+    assert len(reference_rows) == 2 * 20 and len(saved(tmp_path, "run")["reference"]) == 20
+
+
+def test_what_the_reference_kept_is_not_computed_again_after_resume(tmp_path, reference_rows):
+    flags = {"data": (sums(tmp_path / "a.jsonl", 20),), "pairs_per_step": 9}
+    run(tmp_path, "run", steps=2, **flags)
+    assert len(reference_rows) == 2 * 20
+    run(tmp_path, "run", steps=4, resume=str(tmp_path / "run"), **flags)
+    assert len(reference_rows) == 2 * 20
+
+
 # --- pairs ---
 
 
@@ -202,27 +219,18 @@ def test_long2short_pairs():
 # --- the script ---
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_any_microbatch_size_gives_the_same_run(tmp_path, objective):
-    records = [run(tmp_path, str(b), objective=objective, tokens_per_microbatch=b)[1:] for b in (1, 10**6)]
-    for one, other in zip(*records, strict=True):
-        for name in without_times([one])[0].keys() - {"pair_accuracy"}:  # at first ties, which rounding breaks
-            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
-    assert records[0][0]["loss"] == pytest.approx(math.log(2), abs=1e-6) or objective == "simpo"
-
-
-@pytest.mark.parametrize(("objective", "models"), [("dpo", 2), ("dpo_norm", 2), ("simpo", 1)])
-def test_simpo_loads_no_reference_model(tmp_path, monkeypatch, objective, models):
-    made, init = [], Policy.__init__
-    monkeypatch.setattr(Policy, "__init__", lambda self, *rest: made.append(self) or init(self, *rest))
-    run(tmp_path, "run", objective=objective, steps=1)
-    assert len(made) == models
-
-
-@pytest.mark.parametrize(("objective", "beta"), [("dpo", 0.5), ("dpo_norm", 5.0), ("simpo", 2.0)])
-def test_beta_0_is_the_objectives_own(tmp_path, objective, beta):
-    first, second = (run(tmp_path, str(b), objective=objective, beta=b) for b in (0.0, beta))
-    assert without_times(first) == without_times(second)
+@pytest.mark.parametrize(
+    ("flags", "beta"), [({"data": True}, 0.1), ({}, 0.5), ({"data": True, "beta": 0.3}, 0.3), ({"beta": 0.3}, 0.3)]
+)
+@pytest.mark.parametrize("script", ["dpo", "family.ipo"])
+def test_beta_is_smaller_for_pairs_that_are_read(tmp_path, monkeypatch, script, flags, beta):
+    module, seen = importlib.import_module(script), set()
+    loss = module.pair_loss
+    monkeypatch.setattr(module, "pair_loss", lambda *rest: seen.add(rest[4]) or loss(*rest))
+    if "data" in flags:
+        flags = flags | {"data": (sums(tmp_path / "a.jsonl", 20),)}
+    run(tmp_path, "run", module, steps=1, eval_samples=1, **flags)
+    assert seen == {beta}, "in the steps and in the evaluations"
 
 
 def test_the_held_out_metrics_are_those_of_the_saved_model(tmp_path):
@@ -232,7 +240,8 @@ def test_the_held_out_metrics_are_those_of_the_saved_model(tmp_path):
     config = dpo.Config(**SMALL | flags)
     policy, tokenizer = load_policy(str(tmp_path / "run" / "model"), torch.device("cpu"))
     reference, _ = load_policy(str(ROOT / "tiny"), torch.device("cpu"))
-    train, held_out = (pair_batch(x, tokenizer, torch.device("cpu")) for x in load_pairs(config, tokenizer, None))
+    pairs = encode_pairs(*read_pairs(config.data), config, tokenizer, None)
+    train, held_out = (pair_batch(x, tokenizer, torch.device("cpu")) for x in pairs)
     with torch.no_grad():
         at_first = reference(train, 0.7)[0].sum(1)
         a, b = (model(held_out, 0.7)[0].sum(1) for model in (policy, reference))
@@ -243,9 +252,14 @@ def test_the_held_out_metrics_are_those_of_the_saved_model(tmp_path):
     assert records[-1]["eval_loss"] == pytest.approx(-logsigmoid(R[0::2] - R[1::2]).mean().item(), abs=1e-5)
 
 
-def test_gamma_and_the_rule_for_pairs_arrive(tmp_path):
-    losses = [run(tmp_path, str(g), objective="simpo", gamma=g, steps=1)[0]["eval_loss"] for g in (0.0, 2.0)]
-    assert losses[1] > losses[0]
+def test_label_smoothing_arrives(tmp_path, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(dpo, "pair_loss", lambda *rest: seen.add(rest[5]) or pair_loss(*rest))
+    run(tmp_path, "run", label_smoothing=0.2, steps=1)
+    assert seen == {0.2}
+
+
+def test_the_rule_for_pairs_arrives(tmp_path):
     run(tmp_path, "short", pairs="long2short", steps=1)
     pairs = [pair for part in json.loads((tmp_path / "short" / "pairs.json").read_text()) for pair in part]
     assert pairs and all(len(pair["chosen_ids"]) < len(pair["rejected_ids"]) for pair in pairs)
@@ -277,6 +291,11 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     for one, two in zip(*(read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")), strict=True):
         for name in without_times([one])[0].keys() - {"pair_accuracy"}:
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+    one, two = (saved(tmp_path, name)["reference"] for name in ("one", "two"))
+    assert len(one) == 4 + 10 and two.keys() == one.keys(), "the first process saves those of both"
+    for ids, rows in one.items():
+        for row, other in zip(rows, two[ids], strict=True):
+            assert other == pytest.approx(row, abs=1e-5)
 
 
 def test_two_processes_put_their_own_pairs_together(tmp_path):
@@ -296,13 +315,16 @@ def test_two_processes_put_their_own_pairs_together(tmp_path):
     assert last["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_resuming_continues_to_the_bit(tmp_path):
-    whole = run(tmp_path, "whole", steps=4, eval_every=2)
-    run(tmp_path, "part", steps=2)
-    resumed = run(tmp_path, "part", steps=4, eval_every=2, resume=str(tmp_path / "part"))
+@pytest.mark.parametrize("kind", ["own pairs", "read pairs"])
+def test_resuming_continues_to_the_bit(tmp_path, kind):
+    flags = {"data": (sums(tmp_path / "a.jsonl", 40),)} if kind == "read pairs" else {}
+    whole = run(tmp_path, "whole", steps=4, eval_every=2, **flags)
+    run(tmp_path, "part", steps=2, **flags)
+    resumed = run(tmp_path, "part", steps=4, eval_every=2, resume=str(tmp_path / "part"), **flags)
     assert without_times(resumed) == without_times(whole)
-    saved = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "part")]
-    assert all(torch.equal(saved[0]["policy"][k], saved[1]["policy"][k]) for k in saved[0]["policy"])
+    one, other = saved(tmp_path, "whole"), saved(tmp_path, "part")
+    assert all(torch.equal(one["policy"][name], other["policy"][name]) for name in one["policy"])
+    assert one["reference"] == other["reference"] and len(one["reference"]) > 8
 
 
 @pytest.mark.parametrize(
@@ -313,11 +335,11 @@ def test_resuming_continues_to_the_bit(tmp_path):
         ({"data": ("a.jsonl",), "pairs": "long2short"}, "--pairs is for pairs of the model's own responses"),
         ({"data": ("a.jsonl",), "pair_prompts": 16}, "--pair-prompts is for pairs of the model's own responses"),
         ({"data": ("a.jsonl",), "group_size": 4}, "--group-size is for pairs of the model's own responses"),
-        ({"gamma": 2.0}, "--gamma is for --objective simpo"),
-        ({"gamma": 2.0, "objective": "dpo_norm"}, "--gamma is for --objective simpo"),
+        ({"label_smoothing": 0.5}, "--label-smoothing 0.5: below 0.5, or the labels mean their opposite"),
+        ({"label_smoothing": math.nan}, "--label-smoothing nan: below 0.5"),
     ],
 )
-def test_a_flag_that_would_be_ignored_is_one_clear_line(tmp_path, capsys, flags, words):
+def test_a_flag_that_cannot_be_meant_is_one_clear_line(tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit, match=words) as error:
         dpo.main(dpo.Config(out=str(tmp_path / "run"), **flags))
     assert error.value.code == 2 and capsys.readouterr().err == f"{error.value}\n"
@@ -327,6 +349,55 @@ def test_a_flag_that_would_be_ignored_is_one_clear_line(tmp_path, capsys, flags,
 def test_no_pairs_is_one_clear_line(tmp_path):
     with pytest.raises(SystemExit, match="0 pairs to learn from, 0 held out"):
         run(tmp_path, "run", max_new_tokens=2)  # too short for any answer
+
+
+def test_a_run_that_breaks_names_the_step_and_saves_nothing_of_it(tmp_path):
+    """A learning rate of 1e30: after step 1 the weights are finite still, and the next gradient is not."""
+    flags = ["--lr", "1e30", "--steps", 3, "--pair-prompts", 16, "--eval-prompts", 8, "--pairs-per-step", 6]
+    result = run_script("dpo.py", *flags, "--save-every", 1, "--out", tmp_path / "run", check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.search("step 2: the (loss|gradient norm) is (nan|inf); nothing of this step is saved", result.stderr)
+    lines = read_jsonl(tmp_path / "run" / "not_finite.jsonl")
+    assert len(lines) == 2 * 6 and {line["step"] for line in lines} == {2} and all("response" in line for line in lines)
+    assert [record["step"] for record in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+    checkpoint = saved(tmp_path, "run")
+    model, _ = load_policy(str(tmp_path / "run" / "model"), torch.device("cpu"))
+    assert checkpoint["step"] == 1
+    assert all(x.isfinite().all() for x in [*checkpoint["policy"].values(), *model.state_dict().values()])
+
+
+def assert_nothing_is_saved(tmp_path, error, words):
+    """The run ended at step 1 with these words in one line, and left no weights."""
+    assert error.value.code == 2 and words in str(error.value) and "\n" not in str(error.value)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "not_finite.jsonl" in left and not left & {"checkpoint.pt", "checkpoint.tmp", "model", "curves.png"}
+    assert [record["step"] for record in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(tmp_path, monkeypatch):
+    updates = []
+
+    def loss_of_step(logp, *rest):
+        loss, stats = pair_loss(logp, *rest)
+        return loss * (math.nan if logp.requires_grad else 1), stats  # not in the evaluation before
+
+    monkeypatch.setattr(dpo, "pair_loss", loss_of_step)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: updates.append(1))
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, "run", save_every=1)
+    assert_nothing_is_saved(tmp_path, error, "step 1: the loss is nan")
+    assert not updates
+
+
+def test_weights_that_are_not_finite_end_the_run_before_they_are_saved(tmp_path, monkeypatch):
+    def step(optimizer):
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][-1].view(-1)[0] = math.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, "run", save_every=1, steps=1)
+    assert_nothing_is_saved(tmp_path, error, "step 1: weights of the policy are not finite")
 
 
 def test_margin_and_accuracy_rise_on_held_out_pairs(tmp_path):

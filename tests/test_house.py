@@ -8,6 +8,9 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = ["grpo", "dr_grpo", "rloo", "ppo", "kimi_k15", "dpo", "sft"]
+SCRIPTS += [
+    f"family.{path.stem}" for path in sorted((ROOT / "family").glob("*.py"))
+]  # patches of these, and scripts too
 # Every file may import what stands above it here, if it is named; plumbing.fail may be imported by all of them.
 MAY_IMPORT = {
     "plumbing.fail": set(),
@@ -102,7 +105,7 @@ print("MODULES", *sys.modules)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_a_wrong_flag_do_not_wait_for_libraries(script):
     for flags, expected in ((["--help"], 0), (["--no-such-flag", "1"], 2)):
-        modules, status = modules_after(f"{script}.py", *flags)
+        modules, status = modules_after(f"{script.replace('.', '/')}.py", *flags)
         assert status == expected
         assert "torch" in modules and "tyro" in modules
         assert not modules & {"transformers", "datasets", "matplotlib", "vllm", "tokenizers"}

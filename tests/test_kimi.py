@@ -56,7 +56,7 @@ def test_it_differs_only_in_the_objective_and_in_the_lines_that_flags_and_questi
     top = [line for line in changed("top") if not line.startswith(("import ", "from "))]
     assert {line.split(":")[0] for line in top} == FLAGS | {"epochs"}
     training = [re.split(r" = |\(", line)[0] for line in changed("training")]
-    assert sorted(training) == ["rates", "reference", "run.start", "run.start"]
+    assert sorted(training) == ["check_levels", "rates", "reference", "run.start", "run.start"]
     rollout = [line for line in changed("rollout") if not line.startswith("# ---")]  # pi_old is named pi_i
     assert [line.split("(")[0] for line in rollout] == ["questions = run.share"] * 2
     assert "draw(" in rollout[0] and "draw_questions(" in rollout[1]
@@ -217,8 +217,8 @@ def test_the_curriculum_leaves_enough_questions_for_a_step():
 
 def test_the_curriculum_refuses_questions_without_a_level():
     with pytest.raises(SystemExit, match="--curriculum"):
-        easy_first([{"question": "a"}], 1, 1, 2)
-    assert easy_first([{"question": "a"}], 1, 1, 1) == [{"question": "a"}]
+        kimi_k15.check_levels([{"question": "a"}], Config(curriculum=2))
+    kimi_k15.check_levels([{"question": "a"}], Config())
 
 
 # --- prioritised sampling ---

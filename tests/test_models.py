@@ -20,7 +20,7 @@ import grpo
 import pairs
 import sft
 from batch import collate
-from data import encode_prompt, encode_prompts, load_prompts, load_task
+from data import encode_prompt, encode_prompts, encode_task, load_task
 from logprobs import load_policy, load_value, token_logprobs
 from plumbing.checkpoint import save_model
 from plumbing.run import Run
@@ -421,8 +421,9 @@ def test_rope_of_one_kind_for_each_type_of_layer():
 def test_gpt_neo_273_more_tokens_than_positions_are_refused_at_the_start(tmp_path):
     policy, tokenizer = load_policy(save(tmp_path / "m", make_model("gpt2", **GPT2, n_positions=64)), CPU)
     assert policy.positions == 64
-    load_prompts(grpo.Config(task="arithmetic:3", max_new_tokens=58), tokenizer, policy.positions)  # 3+4+5= has 6
-    said = refusal(grpo.Config(task="arithmetic:3", max_new_tokens=59), tokenizer, policy.positions, load=load_prompts)
+    task = load_task("arithmetic:3")
+    encode_task(task, grpo.Config(max_new_tokens=58), tokenizer, policy.positions)  # 3+4+5= has 6
+    said = refusal(task, grpo.Config(max_new_tokens=59), tokenizer, policy.positions, load=encode_task)
     assert said == (
         "prompt and response have up to 65 tokens together, and the model has 64 positions; "
         "lower --max-prompt-tokens or --max-new-tokens"

@@ -11,7 +11,8 @@ import pairs
 import sft
 from batch import collate
 from dpo import Config, verified_pairs
-from pairs import load_pairs, pair_batch, read_preferences
+from logprobs import batch_logprobs
+from pairs import Reference, encode_pairs, pair_batch, read_pairs, read_preferences
 from rewards import accuracy
 
 
@@ -28,15 +29,20 @@ def prompts_of(pairs):
     return [pair["prompt"] for pair in pairs]
 
 
+def load_pairs(config, tokenizer):
+    """As a script does."""
+    return encode_pairs(*read_pairs(config.data), config, tokenizer, None)
+
+
 # --- preference pairs from a file or from the Hub ---
 
 
 def test_pairs_from_a_file(tmp_path, tiny, capsys):
     tokenizer = tiny[1]
     path = write(tmp_path / "a.jsonl", *(pair(i) for i in range(30)))
-    train, test = load_pairs(Config(data=(path,), max_new_tokens=7), tokenizer, None)
+    train, test = load_pairs(Config(data=(path,), max_new_tokens=7), tokenizer)
     assert len(train) == 27 and len(test) == 3 and not set(prompts_of(train)) & set(prompts_of(test))
-    again, _ = load_pairs(Config(data=(path,), seed=5), tokenizer, None)
+    again, _ = load_pairs(Config(data=(path,), seed=5), tokenizer)
     assert set(prompts_of(again)) == set(prompts_of(train)), "whatever the seed"
     first = next(p for p in train + test if p["prompt"] == "p1")
     assert tokenizer.decode(first["prompt_ids"]) == "p1"
@@ -52,25 +58,25 @@ def test_pairs_from_a_file(tmp_path, tiny, capsys):
 
 def test_a_second_source_is_held_out(tmp_path, tiny):
     a, b = write(tmp_path / "a.jsonl", pair(1), pair(2)), write(tmp_path / "b.jsonl", pair(2), pair(3))
-    train, test = load_pairs(Config(data=(a, b)), tiny[1], None)
+    train, test = load_pairs(Config(data=(a, b)), tiny[1])
     assert prompts_of(train) == ["p1"] and prompts_of(test) == ["p2", "p3"]
     with pytest.raises(SystemExit, match="one source of pairs, or two"):
-        load_pairs(Config(data=(a, b, a)), tiny[1], None)
+        read_pairs((a, b, a))
 
 
 def test_no_more_pairs_are_held_out_than_asked_for(tmp_path, tiny):
     a, b = write(tmp_path / "a.jsonl", pair(1)), write(tmp_path / "b.jsonl", *(pair(i) for i in range(2, 9)))
-    train, test = load_pairs(Config(data=(a, b), eval_prompts=3), tiny[1], None)
+    train, test = load_pairs(Config(data=(a, b), eval_prompts=3), tiny[1])
     assert prompts_of(train) == ["p1"] and prompts_of(test) == ["p2", "p3", "p4"]
 
 
 def test_no_pair_of_a_training_prompt_is_lost(tmp_path, tiny, capsys):
     path = write(tmp_path / "a.jsonl", *(pair(i % 20, chosen=f"good {i}") for i in range(200)))
-    train, test = load_pairs(Config(data=(path,)), tiny[1], None)
+    train, test = load_pairs(Config(data=(path,)), tiny[1])
     assert len(train) == 180 and len(test) == 20 and len(set(prompts_of(test))) == 2
     assert not set(prompts_of(train)) & set(prompts_of(test))
     path = write(tmp_path / "b.jsonl", *(pair(i) for i in range(20)), pair(30, rejected="good 30"))
-    train, test = load_pairs(Config(data=(path,)), tiny[1], None)
+    train, test = load_pairs(Config(data=(path,)), tiny[1])
     assert len(train) + len(test) == 20
     assert re.search("data: 1 (training|held-out) pairs have equal responses", capsys.readouterr().out)
 
@@ -100,7 +106,7 @@ def test_pairs_from_the_hub(monkeypatch, tiny):
 
     splits = {"train": [pair(1), pair(2)], "test": [pair(2), pair(3)]}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: splits if name == "some/pairs" else {})
-    train, test = load_pairs(Config(data=("some/pairs",)), tiny[1], None)
+    train, test = load_pairs(Config(data=("some/pairs",)), tiny[1])
     assert prompts_of(train) == ["p1"] and prompts_of(test) == ["p2", "p3"]
 
 
@@ -114,8 +120,24 @@ def test_pairs_from_the_hub(monkeypatch, tiny):
 )
 def test_bad_pairs_are_one_clear_line(tmp_path, rows, words, tiny):
     with pytest.raises(SystemExit, match=words) as error:
-        load_pairs(Config(data=(write(tmp_path / "a.jsonl", *rows),)), tiny[1], None)
+        load_pairs(Config(data=(write(tmp_path / "a.jsonl", *rows),)), tiny[1])
     assert "\n" not in str(error.value)
+
+
+def test_pairs_are_read_without_a_tokenizer(tmp_path):
+    """So that wrong data end a run before the weights are loaded."""
+    train, test = read_pairs((write(tmp_path / "a.jsonl", *(pair(i) for i in range(20))),))
+    assert sorted(prompts_of(train + test)) == sorted(f"p{i}" for i in range(20)) and len(test) == 2
+    assert not any(name.endswith("_ids") for one in train + test for name in one)
+
+
+def test_pairs_longer_than_the_models_positions_are_one_clear_line(tmp_path, tiny):
+    config = Config(data=(write(tmp_path / "a.jsonl", *(pair(i) for i in range(20))),))
+    train, test = read_pairs(config.data)
+    longest = len(tiny[1].encode("p19good 19")) + 1
+    encode_pairs(train, test, config, tiny[1], longest)
+    with pytest.raises(SystemExit, match=f"up to {longest} tokens together, and the model has {longest - 1} positions"):
+        encode_pairs(train, test, config, tiny[1], longest - 1)
 
 
 # --- conversations that are no pair ---
@@ -242,6 +264,68 @@ def test_no_pair_is_parted(tiny, budget):
     assert torch.equal(seen[0::2] + 1, seen[1::2]) and sorted(seen.tolist()) == list(range(20))
     assert all(part.input_ids.numel() <= budget or len(part.texts) == 2 for part in parts)
     assert {1: len(parts) == 10, 150: 1 < len(parts) < 10, 10**6: len(parts) == 1}[budget]
+
+
+# --- the reference of pairs ---
+
+
+def some_pairs(tokenizer, n=8):
+    """Pairs of ragged prompts and responses."""
+    examples = [
+        {"prompt": f"{i}+1=" * (1 + i % 3), "chosen": f"{i + 1}" * (1 + i % 2), "rejected": "0"} for i in range(n)
+    ]
+    return [{f"{name}_ids": tokenizer.encode(text) for name, text in example.items()} | example for example in examples]
+
+
+def counting(policy):
+    """A reference of the policy that counts the rows that it is given."""
+    reference, rows = policy.reference(), []
+    reference.register_forward_pre_hook(lambda module, arguments: rows.extend(arguments[0].texts))
+    return Reference(reference), rows
+
+
+def test_log_probs_of_the_reference_are_those_of_the_policy_it_holds(tiny):
+    sample, config = some_pairs(tiny[1]), Config(temperature=0.7)
+    batch = pair_batch(sample, tiny[1], torch.device("cpu"))
+    expected = batch_logprobs(tiny[0], batch, 0.7, config.tokens_per_microbatch)
+    found = Reference(tiny[0].reference()).logprobs(sample, config, tiny[1], torch.device("cpu"))
+    assert torch.equal(found, expected) and not found.requires_grad and not found[~batch.response_mask].any()
+
+
+def test_the_reference_computes_a_pair_once(tiny):
+    sample, config = some_pairs(tiny[1]), Config()
+    reference, rows = counting(tiny[0])
+    get = lambda pairs: reference.logprobs(pairs, config, tiny[1], torch.device("cpu"))  # noqa: E731
+    first, mixed = get(sample[:4]), get(sample[2:6])
+    assert len(rows) == 2 * 6, "of the second four two are new"
+    again = get(sample[:4])
+    assert len(rows) == 2 * 6 and torch.equal(again, first)
+    width = min(first.shape[1], mixed.shape[1])
+    assert torch.equal(mixed[:4, :width], first[4:, :width]), "kept values, to the bit"
+
+
+def test_pairs_of_one_prompt_are_not_taken_for_each_other(tiny):
+    one, *_ = some_pairs(tiny[1])
+    exchanged = one | {"chosen_ids": one["rejected_ids"], "rejected_ids": one["chosen_ids"]}
+    logp = Reference(tiny[0].reference()).logprobs([one, exchanged], Config(), tiny[1], torch.device("cpu"))
+    assert torch.equal(logp[[3, 2]], logp[:2]) and not torch.equal(logp[0], logp[1])
+
+
+def test_a_repeated_pair_is_computed_once_and_given_twice(tiny):
+    sample = some_pairs(tiny[1], 3)
+    reference, rows = counting(tiny[0])
+    logp = reference.logprobs([sample[0], sample[1], sample[0]], Config(), tiny[1], torch.device("cpu"))
+    assert len(rows) == 2 * 2 and len(logp) == 2 * 3 and torch.equal(logp[:2], logp[4:])
+
+
+def test_the_reference_is_saved_with_what_it_has_computed(tiny, tmp_path):
+    sample, config = some_pairs(tiny[1]), Config()
+    reference, _ = counting(tiny[0])
+    first = reference.logprobs(sample, config, tiny[1], torch.device("cpu"))
+    torch.save(reference.state_dict(), tmp_path / "state.pt")
+    later, rows = counting(tiny[0])
+    later.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(later.logprobs(sample, config, tiny[1], torch.device("cpu")), first) and not rows
 
 
 # --- demonstrations ---

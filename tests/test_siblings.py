@@ -1,4 +1,4 @@
-"""dr_grpo.py and rloo.py: patches of grpo.py in marked places, and right."""
+"""dr_grpo.py and rloo.py: patches of grpo.py in marked places, and right. How large any patch may be."""
 
 import ast
 import collections
@@ -24,7 +24,18 @@ from data import encode_prompts, load_task
 from logprobs import token_logprobs
 
 # script -> added plus removed lines of code against grpo.py at the most
-BUDGET = {"dr_grpo": 10, "rloo": 24, "kimi_k15": 100, "ppo": 115}
+BUDGET = {"dr_grpo": 12, "rloo": 26, "kimi_k15": 102, "ppo": 115}
+# member of family/ -> the script that it is a patch of, and the same limit against that one
+FAMILY = {"dpo_norm": ("dpo", 14), "ipo": ("dpo", 14), "simpo": ("dpo", 28)}
+LIMITS = {script: ("grpo", limit) for script, limit in BUDGET.items()}
+LIMITS |= {f"family/{name}": limit for name, limit in FAMILY.items()}
+# What every member of family/ has after its docstring, to the byte. Its two statements are not counted.
+BEGINNING = """
+import sys
+
+sys.path.insert(1, sys.path[0].removesuffix("family"))  # the root, for `python family/NAME.py`
+
+"""
 PATCHES = ["dr_grpo", "rloo"]  # these two change nothing but the objective; the others have tests of their own
 OBJECTIVE = {"advantage", "kl", "loss", "log-probs", "rewards and advantages", "update"}  # sections that may differ
 
@@ -70,17 +81,51 @@ def statements(script: str) -> list[str]:
     return [line for line in ast.unparse(tree).splitlines() if line]
 
 
-@pytest.mark.parametrize("script", BUDGET)
-def test_a_sibling_is_a_small_patch(script):
-    budget = BUDGET[script]
-    for lines in (code_lines, statements):  # as written, and so that no layout can make it look smaller
-        difference = difflib.unified_diff(lines("grpo"), lines(script), n=0, lineterm="")
-        changed = [line for line in difference if line[0] in "+-" and line[:3] not in ("+++", "---")]
-        print(f"{script}: {len(changed)} changed {lines.__name__} of at most {budget}", *changed, sep="\n")
-        assert 0 < len(changed) <= budget
-        if lines is code_lines:
-            row = next(x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith(f"| [`{script}.py`]"))
-            assert f": {len(changed)} changed lines of code" in row
+def changed(script: str, lines) -> list[str]:
+    """The lines that a script adds to the one that it is a patch of, or takes away; lines: code_lines or statements."""
+    after = lines(script)
+    if script.startswith("family/"):
+        after.remove("import sys")
+        after.remove(next(line for line in after if line.startswith("sys.path.insert(")))
+    difference = difflib.unified_diff(lines(LIMITS[script][0]), after, n=0, lineterm="")
+    return [line for line in difference if line[0] in "+-" and line[:3] not in ("+++", "---")]
+
+
+@pytest.mark.parametrize("script", LIMITS)
+@pytest.mark.parametrize("lines", [code_lines, statements])  # as written, and so that no layout makes it look smaller
+def test_a_patch_is_small(script, lines):
+    found = changed(script, lines)
+    print(f"{script}: {len(found)} changed {lines.__name__} of at most {LIMITS[script][1]}", *found, sep="\n")
+    assert 0 < len(found) <= LIMITS[script][1]
+
+
+@pytest.mark.parametrize("script", LIMITS)
+def test_the_readme_says_how_large_a_patch_is(script):
+    rows = [x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith(f"| [`{script}.py`]")]
+    words = f": {len(changed(script, code_lines))} changed lines of code"
+    assert len(rows) == 1 and words in rows[0], (words, rows)
+
+
+# --- the family ---
+
+
+def test_every_file_of_the_family_has_its_limit():
+    assert {path.stem for path in (ROOT / "family").glob("*.py")} == FAMILY.keys()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_family_has_the_sections_of_its_base_in_their_order(name):
+    base, other = sections(FAMILY[name][0]), sections(f"family/{name}")
+    assert list(other) == [section for section in base if section in other]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_two_lines_that_find_the_root_are_the_same_to_the_byte(name):
+    text = (ROOT / "family" / f"{name}.py").read_text()
+    assert text.split('"""\n', 2)[1].startswith(BEGINNING) and text.count("sys.") == BEGINNING.count("sys.")
+
+
+# --- the siblings ---
 
 
 @pytest.mark.parametrize("script", PATCHES)
@@ -329,20 +374,20 @@ def test_tis_weighs_by_how_far_the_sampler_is_off(tmp_path, monkeypatch, script)
         assert grad_norm("weighed", 2.0) == pytest.approx(math.exp(-0.1) * plain, rel=1e-4)
 
 
-COSTS = {  # script and flags -> passes over a rollout: forward without and with gradient, and backward
-    ("grpo",): {"policy": (0, 1, 1), "reference": (1, 0, 0)},
-    ("dr_grpo",): {"policy": (0, 1, 1), "reference": (1, 0, 0)},
-    ("rloo",): {"policy": (1, 1, 1), "reference": (1, 0, 0)},
-    ("kimi_k15",): {"policy": (1, 2, 2)},
-    ("ppo",): {"policy": (1, 1, 1), "reference": (1, 0, 0), "value": (1, 1, 1)},
-    ("ppo", "epochs", "minibatches"): {"policy": (1, 2, 2), "reference": (1, 0, 0), "value": (1, 2, 2)},
-    ("dpo",): {"policy": (0, 1, 1), "reference": (1, 0, 0)},
+COSTS = {  # script -> passes over a rollout (DPO: over its pairs): forward without and with gradient, and backward
+    "grpo": {"policy": (0, 1, 1), "reference": (1, 0, 0)},
+    "dr_grpo": {"policy": (0, 1, 1), "reference": (1, 0, 0)},
+    "rloo": {"policy": (1, 1, 1), "reference": (1, 0, 0)},
+    "kimi_k15": {"policy": (1, 2, 2)},
+    "ppo": {"policy": (1, 2, 2), "reference": (1, 0, 0), "value": (1, 2, 2)},
+    "dpo": {"policy": (0, 1, 1), "reference": (1, 0, 0)},  # the reference once per pair in all: while pairs are new
+    "family/simpo": {"policy": (0, 1, 1)},
 }
 
 
-@pytest.mark.parametrize("command", COSTS)
-def test_models_and_passes_are_those_of_the_table_in_the_readme(tmp_path, monkeypatch, command):
-    module = importlib.import_module(command[0])
+@pytest.mark.parametrize("script", COSTS)
+def test_models_and_passes_are_those_of_the_table_in_the_readme(tmp_path, monkeypatch, script):
+    module = importlib.import_module(script.replace("/", "."))
     models = {}
     passes = collections.defaultdict(lambda: [0, 0, 0])
 
@@ -372,26 +417,26 @@ def test_models_and_passes_are_those_of_the_table_in_the_readme(tmp_path, monkey
 
     monkeypatch.setattr(module, "load_policy", load)
     monkeypatch.setattr(logprobs.Policy, "reference", lambda policy: watch("reference", make_reference(policy)))
-    if command[0] == "ppo":
+    if script == "ppo":
         load_value = module.load_value
         monkeypatch.setattr(module, "load_value", lambda *arguments: watch("value", load_value(*arguments)))
     flags = {"eval_prompts": 8, "steps": 2, "model": str(ROOT / "tiny"), "tokens_per_microbatch": 10**6}
-    sizes = {"pair_prompts": 16} if command == ("dpo",) else {"prompts_per_step": 4, "group_size": 4}
-    flags |= sizes | dict.fromkeys(command[1:], 2)
+    of_pairs = "pairs_per_step" in module.Config.__dataclass_fields__
+    flags |= {"pair_prompts": 16} if of_pairs else {"prompts_per_step": 4, "group_size": 4}
     module.main(module.Config(out=str(tmp_path / "run"), eval_every=0, **flags))
     passes["policy"][0] -= 1  # the sampler has compared its cache with the policy
-    if command == ("dpo",):  # before and after, the held-out pairs: their reference once
+    if of_pairs:  # before and after, the held-out pairs
         passes["policy"][0] -= 2
-        passes["reference"][0] -= 1
-    if command[0] == "ppo":  # the values of eight responses in held_out.jsonl, before and after
+    if script == "dpo":  # of the held-out pairs once; of 16 pairs at most once too, since the first step draws them all
+        assert passes["reference"] == [1 + 1, 0, 0], "the second step has no new pair, and no pass"
+    if script == "ppo":  # the values of eight responses in held_out.jsonl, before and after
         passes["value"][0] -= 2 * 8
-    expected = COSTS[command]
-    parts = 2 if "minibatches" in command else 1  # a pass with gradient over half of the rollout
+    expected = COSTS[script]
+    parts = 2 if script == "ppo" else 1  # two minibatches: a pass with gradient is over half of the rollout
     assert passes == {role: [2 * n, 2 * parts * m, 2 * parts * k] for role, (n, m, k) in expected.items()}, (
         "in two steps"
     )
     assert models.keys() == expected.keys()
     total = [sum(counts[i] for counts in expected.values()) for i in range(3)]
-    name = f"`{command[0]}.py`" + ("".join(f" --{flag} 2" for flag in command[1:]))
-    row = f"| {name} | {len(models)} | {total[0] + total[1]} | {total[2]} |"
+    row = f"| `{script}.py` | {len(models)} | {total[0] + total[1]} | {total[2]} |"
     assert row in (ROOT / "README.md").read_text(), row
