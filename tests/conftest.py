@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,3 +92,13 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def without_times(records: list[dict]) -> list[dict]:
     return [{k: v for k, v in record.items() if not k.startswith("seconds")} for record in records]
+
+
+def answers(texts: list[str]):
+    """What `score` reads of a batch, for responses that no sampler wrote."""
+    return SimpleNamespace(
+        texts=texts,
+        response_ids=torch.tensor([[i, 0] for i in range(len(texts))]),
+        lengths=torch.ones(len(texts), dtype=torch.long),
+        finish_reasons=["stop"] * len(texts),
+    )

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, make_sampler
+from conftest import ROOT, answers, make_sampler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -184,7 +184,7 @@ def test_trl_2897_tags_that_are_special_tokens_reach_the_reward(tmp_path, tiny, 
     of_plain = pairs.sample_pairs(dpo.Config(), make_sampler(*tiny), examples, dpo.verified_pairs, 0)
     assert of_ours == of_plain and of_ours
     example = examples[0]
-    assert score([f"<answer>{example['answer']}</answer>"], [example], [])["accuracy"] == [1.0]
+    assert score(answers([f"<answer>{example['answer']}</answer>"]), [example], [])["accuracy"] == [1.0]
 
 
 def test_trl_1283_an_end_token_that_the_tokenizer_appends_is_taken_off_a_prompt(tmp_path, tiny, capsys):

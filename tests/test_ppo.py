@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_sampler, read_jsonl, run_script
+from conftest import ROOT, answers, make_sampler, read_jsonl, run_script
 from test_siblings import OBJECTIVE, double, sections
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
 
@@ -381,7 +381,7 @@ def test_held_out_responses_token_by_token(tmp_path, tiny):
         written = tokens[:-1] if line["finish_reason"] == "stop" else tokens
         assert "".join(written) == line["response"] == tokenizer.decode(ids, skip_special_tokens=True)
         assert tokens[-1] == tokenizer.eos_token or line["finish_reason"] == "length"
-        scores = score([line["response"]], [example], ["format", "tagged"])
+        scores = score(answers([line["response"]]), [example], ["format", "tagged"])
         assert {name: line[f"reward/{name}"] for name in scores} == {name: x for name, (x,) in scores.items()}
         known = {"step", "question", "answer", "response", "finish_reason", "token_ids", "tokens", "logp", "values"}
         assert line.keys() == known | {"reward/accuracy", "reward/format", "reward/tagged"}

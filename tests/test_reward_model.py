@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, read_jsonl
+from conftest import ROOT, answers, read_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
@@ -43,10 +43,10 @@ def test_it_scores_the_text_of_question_and_response(folder):
     example = {"question": "3+4=", "answer": "7", "verifier": "number"}
     weights = rewards.parse_weights((f"{folder}=0.5", "accuracy=1"))
     responses = ["<answer>7</answer>", "<think>3+4=7</think><answer>8</answer>", ""]
-    scores = rewards.score(responses, [example] * 3, weights)
+    scores = rewards.score(answers(responses), [example] * 3, weights)
     expected = [by_hand(folder, "3+4=" + response)[0] for response in responses]
     assert scores[folder] == pytest.approx(expected, abs=1e-5) and len(set(expected)) == 3
-    assert rewards.total(scores, weights) == pytest.approx(
+    assert rewards.weighted_sum(scores, weights) == pytest.approx(
         [0.5 * expected[0] + 1, 0.5 * expected[1], 0.5 * expected[2]]
     )
 

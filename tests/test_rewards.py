@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from conftest import answers
 from test_verifiers import COUNTDOWN, HOSTILE, bounded_time, example, random_responses, tagged
 
 import rewards
@@ -47,7 +48,7 @@ def test_accuracy_is_a_number(answer, expected):
     ],
 )
 def test_format(response, expected):
-    assert rewards.format(response, {}) == expected
+    assert rewards.thinks_then_answers(response, {}) == expected
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_format(response, expected):
     ],
 )
 def test_format_where_the_prompt_opened_the_thinking(response, expected):
-    assert rewards.format(response, {"opened": True}) == expected
+    assert rewards.thinks_then_answers(response, {"opened": True}) == expected
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_hostile_text_scores_zero_in_bounded_time(case):
 def test_fuzz_numbers_countdown_and_format():
     responses, names = list(random_responses(1, 5000)), list(rewards.REWARDS)
     for ex in (example("number", "18"), COUNTDOWN):
-        values = rewards.score(responses, [ex] * len(responses), names)
+        values = rewards.score(answers(responses), [ex] * len(responses), names)
         assert all(value in (0.0, 1.0) for column in values.values() for value in column)
         both = [min(pair) for pair in zip(values["format"], values["accuracy"], strict=True)]
         assert values["r1_zero"] == both
@@ -158,11 +159,11 @@ def test_a_new_reward_is_one_function(register):
         return len(response)
 
     assert rewards.parse_weights(["length=2"]) == {"length": 2.0}
-    values = rewards.score(["18", "#### 17"], [example("number", "18")] * 2, ["length", "accuracy"])
+    values = rewards.score(answers(["18", "#### 17"]), [example("number", "18")] * 2, ["length", "accuracy"])
     assert values == {"length": [2.0, 7.0], "accuracy": [1.0, 0.0]}
     assert all(isinstance(value, float) for column in values.values() for value in column)
-    assert rewards.total(values, {"length": -0.5, "accuracy": 2.0}) == [1.0, -3.5]
-    assert rewards.total(values, {"accuracy": 1.0}) == [1.0, 0.0]
+    assert rewards.weighted_sum(values, {"length": -0.5, "accuracy": 2.0}) == [1.0, -3.5]
+    assert rewards.weighted_sum(values, {"accuracy": 1.0}) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("returned", [None, "much", float("nan"), float("inf")])
@@ -172,7 +173,7 @@ def test_score_names_a_reward_that_returns_no_number(register, returned):
         return returned
 
     with pytest.raises(RuntimeError, match="reward 'odd' failed"):
-        rewards.score(["x"], [example("number", "1")], ["accuracy", "odd"])
+        rewards.score(answers(["x"]), [example("number", "1")], ["accuracy", "odd"])
 
 
 def test_score_names_a_reward_that_raises(register):
@@ -181,7 +182,7 @@ def test_score_names_a_reward_that_raises(register):
         return example["missing"]
 
     with pytest.raises(RuntimeError, match="reward 'broken' failed: KeyError: 'missing'") as error:
-        rewards.score(["x"], [example("number", "1")], ["broken"])
+        rewards.score(answers(["x"]), [example("number", "1")], ["broken"])
     assert isinstance(error.value.__cause__, KeyError)
 
 
@@ -194,10 +195,10 @@ def test_what_cannot_be_checked_is_0_and_counted(monkeypatch):
     monkeypatch.setattr(rewards, "is_right", check)
     responses = [tagged("1"), tagged("?"), tagged("?"), "1"]
     examples = [example("math", "1")] * 4
-    scores = rewards.score(responses, examples, ["r1_zero", "format"])
+    scores = rewards.score(answers(responses), examples, ["r1_zero", "format"])
     assert scores == {"accuracy": [1.0, 0.0, 0.0, 1.0], "r1_zero": [1.0, 0.0, 0.0, 0.0], "format": [1.0, 1.0, 1.0, 0.0]}
     assert scores.unchecked == [0.0, 1.0, 1.0, 0.0]
-    assert rewards.total(scores, {"accuracy": 1.0, "format": 0.5}) == [1.5, 0.5, 0.5, 1.0]
+    assert rewards.weighted_sum(scores, {"accuracy": 1.0, "format": 0.5}) == [1.5, 0.5, 0.5, 1.0]
     arguments = [1.0, 0.0, 0.0, 1.0], scores, [3, 3, 3, 3], ["stop"] * 4, 2
     assert rewards.rollout_metrics(*arguments)["unchecked"] == 0.0
     metrics = rewards.rollout_metrics(*arguments, unchecked=scores.unchecked)
@@ -210,7 +211,7 @@ def test_what_cannot_be_checked_is_0_and_counted(monkeypatch):
 
 def test_score_needs_one_example_per_response():
     with pytest.raises(ValueError, match="shorter"):
-        rewards.score(["1", "2"], [example("number", "1")], ["accuracy"])
+        rewards.score(answers(["1", "2"]), [example("number", "1")], ["accuracy"])
 
 
 def test_pass_at_k_against_all_subsets():

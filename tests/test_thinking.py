@@ -1,7 +1,7 @@
 """Models that think before they answer: prompts that open <think>, answers after </think>, and what is rewarded."""
 
 import pytest
-from conftest import ROOT, read_jsonl
+from conftest import ROOT, answers, read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
@@ -19,7 +19,7 @@ def tokenizer_with(template: str | None):
 
 
 def accuracy(response: str, example: dict) -> float:
-    return score([response], [example], [])["accuracy"][0]
+    return score(answers([response]), [example], [])["accuracy"][0]
 
 
 def test_a_prompt_that_opens_the_thinking_is_known_to_the_reward():
@@ -31,7 +31,7 @@ def test_a_prompt_that_opens_the_thinking_is_known_to_the_reward():
     assert accuracy(r"3+5=8,8+9=17</think>\boxed{17}", example) == 1
     assert accuracy("3+5=8,8+9=17</think><answer>17</answer>", example) == 1
     assert accuracy("3+5=8,8+9=17. The answer is 17", example) == 0, "thinking that never closes is no answer"
-    assert score(["3+5=8</think><answer>17</answer>"], [example], ["format"])["format"] == [1.0]
+    assert score(answers(["3+5=8</think><answer>17</answer>"]), [example], ["format"])["format"] == [1.0]
 
 
 @pytest.mark.parametrize("template", ["r1", "plain"])

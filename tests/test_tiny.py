@@ -101,7 +101,7 @@ def test_the_tiny_model_leaves_something_to_learn(tiny):
     """Mostly wrong alone, mostly right among eight, and it thinks in fewer than half of its samples."""
     examples = encode_prompts(load_task("arithmetic").test[:200], tiny[1], "plain", 64)
     batch = make_sampler(*tiny).generate([e["prompt_ids"] for e in examples], n=8, temperature=1.0, seed=0)
-    scores = score(batch.texts, [e for e in examples for _ in range(8)], ["format"])
+    scores = score(batch, [e for e in examples for _ in range(8)], ["format"])
     metrics = evaluation_metrics([0.0], scores, batch.lengths.tolist(), 8)
     assert 0.2 < metrics["eval_pass@1"] < 0.4 and metrics["eval_pass@8"] > 0.8
     assert sum(text.startswith("<think>") for text in batch.texts) < 0.5 * len(batch.texts)
