@@ -60,7 +60,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     temperature: float = 1.0  # of the policy, when it samples and when it learns
     epochs: int = 2  # mu: passes over each rollout
     minibatches: int = 2  # updates per pass
-    lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
+    lr: float = 5e-5  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
@@ -167,8 +167,7 @@ def main(config: Config) -> None:
     reference = policy.reference() if config.beta else None
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    value_path = config.value_model or config.model
-    value = load_value(value_path, accelerator.device, tokenizer, config.gradient_checkpointing)
+    value = load_value(config.value_model or config.model, accelerator.device, tokenizer, config.gradient_checkpointing)
     value_parameters = list(value.parameters())
     optimizer.add_param_group({"params": value_parameters, "lr": config.value_lr})
     train, test = encode_task(task, config, tokenizer, policy.positions)

@@ -46,7 +46,7 @@ def test_it_differs_only_in_the_objective_and_in_the_set_up_of_the_value_network
     assert [line.strip() for line in gone] == ["run.evaluate(step, sampler, test, weights)"]
     gone = set(base["top"].splitlines()) - set(other["top"].splitlines())
     names = {line.strip().split(":")[0] for line in gone if not line.startswith("from logprobs import")}
-    assert names == {"group_size", "epochs", "minibatches"}, "these defaults are others; else only added lines"
+    assert names == {"group_size", "epochs", "minibatches", "lr"}, "these defaults are others; else only added lines"
 
 
 # --- rewards, GAE, whitening ---

@@ -19,6 +19,7 @@ import kimi_k15
 import ppo
 import rewards
 import verifiers
+from batch import collate
 from logprobs import Policy, Value, explained_variance, load_value, token_logprobs
 from plumbing.packing import masked_attention
 from plumbing.run import Run
@@ -383,11 +384,102 @@ def test_the_loss_is_divided_by_the_responses_of_the_update(tmp_path, monkeypatc
     assert set(seen) == {8}, "16 responses of the rollout, 8 of each update"
 
 
+def watch(monkeypatch, module, name: str) -> list:
+    """The arguments of every call of a script's function from now on."""
+    calls = []
+    function = getattr(module, name)
+
+    def watched(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr(module, name, watched)
+    return calls
+
+
+def test_what_goes_into_the_losses_of_ppo(tmp_path, monkeypatch):
+    of_policy = watch(monkeypatch, ppo, "policy_loss")
+    of_value = watch(monkeypatch, ppo, "value_loss")
+    of_gae = watch(monkeypatch, ppo, "gae")
+    explained = watch(monkeypatch, ppo, "explained_variance")
+    summed = watch(monkeypatch, ppo, "sum_gradients")
+    ppo.main(ppo.Config(out=str(tmp_path / "run"), tokens_per_microbatch=10**6, **SMALL))
+    _, values, mask, gamma, lam = of_gae[0]
+    A = ppo.gae(of_gae[0][0], values, mask, gamma, lam)
+    returns = torch.cat([arguments[2][arguments[3]] for arguments in of_value[:2]])  # of the two minibatches
+    assert sorted(returns.tolist()) == pytest.approx(sorted((A + values)[mask].tolist()), abs=1e-6)
+    advantages = torch.cat([arguments[2][arguments[3]] for arguments in of_policy[:2]])
+    assert advantages.mean().abs() < 1e-5 and advantages.std() == pytest.approx(1.0, abs=1e-4)
+    for arguments in of_policy:
+        assert arguments[4] == arguments[3].sum(), "the tokens of the minibatch"
+    assert lam == 0.95 and torch.equal(explained[0][1], ppo.gae(of_gae[0][0], 0 * values, mask, 1.0, 1.0))
+    assert len(summed) == 2 * 4, "the gradients of both networks, four times"
+
+
+def test_the_loop_of_grpo(tmp_path, monkeypatch):
+    """Each update begins without a gradient, compares with the policy that sampled, and is pushed."""
+    of_loss = watch(monkeypatch, grpo, "policy_loss")
+    gradients = []
+    pushed = []
+    forward = Policy.forward
+    make = grpo.make_sampler
+
+    def watched_forward(self, *arguments):
+        if torch.is_grad_enabled() and self.training is False:
+            gradients.append(any(p.grad is not None for p in self.parameters()))
+        return forward(self, *arguments)
+
+    def make_watched(*arguments):
+        sampler = make(*arguments)
+        push = sampler.push
+        sampler.push = lambda policy: (pushed.append(1), push(policy))
+        return sampler
+
+    monkeypatch.setattr(Policy, "forward", watched_forward)
+    monkeypatch.setattr(grpo, "make_sampler", make_watched)
+    flags = SMALL | {"steps": 2, "epochs": 2, "beta": 0.0, "tokens_per_microbatch": 10**6}
+    grpo.main(grpo.Config(out=str(tmp_path / "run"), **flags))
+    assert gradients == [False] * 4
+    assert len(pushed) == 1 + 2, "before the first step, and after each"
+    first, second = of_loss[:2]
+    assert torch.allclose(first[0], first[1], atol=1e-5) and not torch.allclose(second[0], second[1], atol=1e-5)
+    assert (first[2] < 0).any() and (first[2] > 0).any() and (first[2] != 0).all()
+
+
+def test_the_reference_learns_nothing(tiny):
+    assert not any(p.requires_grad for p in tiny[0].reference().parameters())
+
+
+def test_a_pair_counts_as_two_rows_of_a_micro_batch(rollouts_of_tiny):
+    batch = rollouts_of_tiny
+    width = batch.input_ids.shape[1]
+    parts = list(batch.microbatches(torch.arange(6), 2 * width, together=2))
+    assert [len(part.texts) for part in parts] == [2, 2, 2]
+
+
+def test_a_loss_that_is_infinite_stops_too(tmp_path, monkeypatch):
+    policy_loss = grpo.policy_loss
+
+    def broken(*arguments):
+        loss, stats = policy_loss(*arguments)
+        return loss + float("inf"), stats
+
+    monkeypatch.setattr(grpo, "policy_loss", broken)
+    assert refused(grpo.main, grpo.Config(out=str(tmp_path / "run"), **SMALL)).startswith("step 1: the loss is inf")
+
+
+def test_the_text_of_a_response_has_neither_end_nor_padding(tiny):
+    end, pad = tiny[1].eos_token_id, tiny[1].pad_token_id
+    ids = tiny[1].encode("1+2=3", add_special_tokens=False)
+    batch = collate([[5]], [[*ids, end, pad]], [[0.0] * (len(ids) + 2)], ["stop"], tiny[1], "cpu", {end})
+    assert batch.texts == ["1+2=3"]
+
+
 def test_text_after_the_answer_has_no_format():
     response = "<think>1+1=2</think><answer>2</answer>"
-    assert rewards.REWARDS["format"](response, {}) == 1.0
+    assert rewards.thinks_then_answers(response, {}) == 1.0
     for more in (" and so on", ".", "<answer>2</answer>"):
-        assert rewards.REWARDS["format"](response + more, {}) == 0.0
+        assert rewards.thinks_then_answers(response + more, {}) == 0.0
 
 
 def test_all_pairs_with_equal_responses_are_refused_in_one_line(tmp_path):
