@@ -347,9 +347,7 @@ def draw_curve(ax, rows: list[dict], name: str, panel: Panel) -> None:
     steps, y = curve(rows, name, panel.metric)
     mean = y.mean(0)
     std = y.std(0, ddof=1)
-    colour = COLOURS[
-        (METHODS.index(name) if name in METHODS else len(METHODS) + panel.names.index(name)) % len(COLOURS)
-    ]
+    colour = COLOURS[list(COMMANDS).index(name) % len(COLOURS)]
     marker = "o" if panel.metric.startswith("eval") else ""
     label = f"{name}, lr {best_rate(name):g}"
     ax.plot(steps, mean, color=colour, linewidth=2.5, marker=marker, label=label)
