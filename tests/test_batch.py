@@ -86,3 +86,11 @@ def test_minibatches_are_a_partition_and_differ_between_steps_and_epochs(batch):
     assert not torch.equal(torch.cat(one), torch.cat(later))
     assert sorted(torch.cat(one).tolist()) == list(range(len(batch.texts)))
     assert torch.equal(torch.cat(one), torch.cat(again)) and not torch.equal(torch.cat(one), torch.cat(other))
+    found = {str(batch.minibatch_rows(3, seed, epoch)) for seed in range(8) for epoch in range(4)}
+    assert len(found) == 8 * 4
+
+
+def test_minibatches_are_alike_in_size_and_have_their_rows_in_order(batch):
+    parts = [part.tolist() for part in batch.minibatch_rows(5, 0, 0)]
+    assert [len(part) for part in parts] == [10, 10, 10, 9, 9]
+    assert all(part == sorted(part) for part in parts), "neighbours share their prompt"

@@ -7,10 +7,11 @@ import datasets
 import pytest
 from conftest import ROOT, outputs_with_other_hashes
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 import grpo
+import verifiers
 from rewards import accuracy
 
 PROCEDURAL = ["arithmetic", "arithmetic:2", "arithmetic:4", "arithmetic_words", "countdown", "countdown:2"]
@@ -385,7 +386,9 @@ def test_columns_that_say_something_are_named(tmp_path, capsys):
     rows += [{"question": "And which?", "answer": "b"}]
     data.load_task("qa", (write_jsonl(tmp_path / "a.jsonl", rows),))
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == ("data: the columns choices, context are not read; write what the model needs into the question")
+    assert said[0] == (
+        "data: the columns choices, context are not shown to the model; write what it needs into the question"
+    )
     assert said[1] == "data: 19 repeated questions were left out"
 
 
@@ -583,3 +586,17 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
     write_jsonl(tmp_path / "qa.jsonl", rows(2))
     grpo.main(resumed)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+# --- the judge ---
+
+
+@pytest.mark.parametrize(("name", "answer", "started"), [("math", "x^2", 1), ("qa", "5", 0), ("qa", "Paris", 0)])
+def test_the_judge_starts_with_the_questions_of_a_task_that_needs_it(tmp_path, monkeypatch, name, answer, started):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": f"{i}?", "answer": answer} for i in range(40)])
+    starts = []
+    monkeypatch.setattr(verifiers, "math_worker", verifiers.MathWorker())
+    monkeypatch.setattr(verifiers.MathWorker, "start", lambda self: starts.append(1))
+    config = grpo.Config(task=name, data=(path,))
+    data.encode_task(data.read_task(config), config, AutoTokenizer.from_pretrained(ROOT / "tiny"), None)
+    assert len(starts) == started

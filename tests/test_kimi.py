@@ -23,6 +23,7 @@ from kimi_k15 import (
     length_rewards,
     policy_loss,
 )
+from plumbing.run import Run
 
 FLAGS = {"beta", "clip_low", "clip_high", "tau", "length_weight", "length_from", "curriculum", "prioritised"}
 SMALL = {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8, "model": str(ROOT / "tiny")}
@@ -105,6 +106,17 @@ def test_values_by_hand():
     assert stats["log_ratio_squared"].flatten().tolist() == pytest.approx([0.09, 0.16])
     assert stats["ratio_max"].flatten().tolist() == pytest.approx([math.exp(0.3), math.exp(0.4)])
     assert stats["kl_old"].shape == logp.shape and (stats["kl_old"] >= 0).all()
+
+
+def test_the_squared_log_ratio_is_logged_as_a_mean_over_responses(tmp_path):
+    run = Run(Config(out=str(tmp_path / "run"), **SMALL))
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    logp = double(1.0, 9.0, 9.0, 0.5, 0.5, 1.0).view(2, 3)  # log-ratios 1 and 2, of one token and of three
+    loss, stats = policy_loss(logp, torch.zeros_like(logp), double(0, 0), mask, 2, 1.0)
+    run.collect(mask, loss, **stats)
+    record = run.collected(updates=1)
+    assert record["log_ratio_squared"] == pytest.approx((1 + 4) / 2)  # over tokens it would be (1 + 3 * 4) / 4
+    assert record["ratio_max"] == pytest.approx(math.exp(2)) and record["loss"] == pytest.approx((1 + 4) / 2 / 2)
 
 
 def test_a_response_that_is_twice_as_long_weighs_twice_as_much():
@@ -342,14 +354,17 @@ def test_the_length_reward_counts_from_its_step_on(tmp_path):
     later = records_of(tmp_path / "later", steps=3, **flags)
     assert without_times(plain[:3]) == without_times(later[:3])
     assert plain[3]["accuracy"] == later[3]["accuracy"] and plain[3]["reward"] != later[3]["reward"]
+    assert not any("reward/length" in record for record in plain + later[:3]) and later[3]["reward/length"] != 0
     for sample in read_jsonl(tmp_path / "later" / "samples.jsonl"):
         if sample["step"] == 3:
             extra = sample["reward"] - sample["reward/accuracy"]
             assert -0.25 <= extra <= 0.25 * sample["reward/accuracy"] + 1e-6
 
 
-def test_resuming_continues_to_the_bit_with_the_success_rates(tmp_path):
-    flags = {"curriculum": 3, "prioritised": True, "length_weight": 0.1, "length_from": 2, "eval_every": 0}
+@pytest.mark.parametrize(("curriculum", "prioritised"), [(3, True), (6, False)])
+def test_resuming_continues_to_the_bit_with_the_success_rates(tmp_path, curriculum, prioritised):
+    flags = {"curriculum": curriculum, "prioritised": prioritised, "length_weight": 0.1, "length_from": 2}
+    flags |= {"eval_every": 0}
     whole = records_of(tmp_path / "whole", steps=4, **flags)
     records_of(tmp_path / "cut", steps=2, **flags)
     run_script("kimi_k15.py", "--resume", tmp_path / "cut", "--steps", 4)

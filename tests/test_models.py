@@ -91,6 +91,11 @@ def write(path, *rows):
     return str(path)
 
 
+def load_pairs(config, tokenizer, positions=None):
+    """As a script does."""
+    return pairs.encode_pairs(*pairs.read_pairs(config.data), config, tokenizer, positions)
+
+
 def alone(model, prompt, response):
     """Log-probs of a response by itself: without padding, without a cache, from the model's own logits."""
     ids = torch.tensor(prompt + response)
@@ -224,7 +229,7 @@ def test_open_r1_462_all_scripts_see_one_prompt_with_one_bos(tmp_path, template)
     assert prompt[0] == tokenizer.bos_token_id and prompt.count(tokenizer.bos_token_id) == 1
     path = write(tmp_path / "a.jsonl", *({"prompt": f"{i}+1=", "chosen": "2", "rejected": "3"} for i in (1, 2)))
     flags = {"data": (path,), "template": template}
-    train, held_out = pairs.load_pairs(dpo.Config(**flags), tokenizer, None)
+    train, held_out = load_pairs(dpo.Config(**flags), tokenizer)
     (of_dpo,) = [pair for pair in train + held_out if pair["prompt"] == "1+1="]
     read, _ = pairs.read_demonstrations(path)
     of_sft = pairs.encode_demonstrations(read, tokenizer, sft.Config(**flags), "training")[0]
@@ -250,7 +255,7 @@ def test_tokenizers_1258_a_response_is_encoded_as_it_continues_its_prompt(tmp_pa
         {"prompt": "1+1=", "chosen": "2", "rejected": " a"},
         {"prompt": "1+2=", "chosen": "3</s>", "rejected": "4</s>"},
     )
-    train, held_out = pairs.load_pairs(dpo.Config(data=(path,)), tokenizer, None)
+    train, held_out = load_pairs(dpo.Config(data=(path,)), tokenizer)
     by_prompt = {pair["prompt"]: pair for pair in train + held_out}
     first = by_prompt["1+1="]
     assert first["prompt_ids"] + first["chosen_ids"] == tokenizer.encode("1+1=2") + [tokenizer.eos_token_id]
@@ -440,8 +445,8 @@ def test_trl_3180_dpo_and_sft_count_the_tokens_of_each_pair(tmp_path):
     rows = [{"prompt": "a" * 3, "chosen": long, "rejected": "c"}, {"prompt": "b" * 30, "chosen": "c", "rejected": "d"}]
     good = write(tmp_path / "good.jsonl", *rows)
     bad = write(tmp_path / "bad.jsonl", rows[1], {"prompt": "aaaa", "chosen": "c", "rejected": long})
-    pairs.load_pairs(dpo.Config(data=(good,), max_new_tokens=500), tokenizer, policy.positions)
-    said = refusal(dpo.Config(data=(bad,), max_new_tokens=500), tokenizer, policy.positions, load=pairs.load_pairs)
+    load_pairs(dpo.Config(data=(good,), max_new_tokens=500), tokenizer, policy.positions)
+    said = refusal(dpo.Config(data=(bad,), max_new_tokens=500), tokenizer, policy.positions, load=load_pairs)
     assert "up to 65 tokens together, and the model has 64 positions" in said
 
     bad = write(tmp_path / "sft.jsonl", {"prompt": "b", "response": "c"}, {"prompt": "aaaa", "response": long})

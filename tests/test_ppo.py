@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+import weakref
 
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from conftest import ROOT, answers, make_sampler, read_jsonl, run_script
 from test_siblings import OBJECTIVE, double, sections
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
@@ -14,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
 import ppo
 from batch import collate
 from data import encode_prompts, load_task
-from logprobs import Value, batch_values, load_policy, load_value
+from logprobs import Policy, Value, batch_values, load_policy, load_value
 from rewards import score
 
 MASK = torch.arange(7) < torch.tensor([[7], [4], [1]])  # ragged rows
@@ -352,6 +354,95 @@ def test_in_the_value_warmup_no_weight_of_the_policy_changes(tmp_path):
     assert len(state["optimizer"]["state"]) == len(state["optimizer"]["param_groups"][1]["params"])
     run(tmp_path, "after", steps=3, epochs=2, value_warmup=2)
     assert any(not torch.equal(before[name], x) for name, x in saved(tmp_path, "after")["policy"].items())
+
+
+class Kept:
+    """A tensor that a graph keeps for the backward pass."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_the_graph_of_v_is_freed_before_that_of_the_policy_is_built(tmp_path, monkeypatch):
+    kept = weakref.WeakSet()  # by graphs of V that are still there
+    before, after = [], []  # how many, when V was computed, and when the policy is about to be
+    forward, value_forward = Policy.forward, Value.forward
+
+    def keep(tensor):
+        one = Kept(tensor)
+        kept.add(one)
+        return one
+
+    def watched_value(self, *arguments):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one.tensor):
+            V = value_forward(self, *arguments)
+        before.append(len(kept))
+        return V
+
+    def watched_policy(self, *arguments):
+        if torch.is_grad_enabled():
+            after.append(len(kept))
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Value, "forward", watched_value)
+    monkeypatch.setattr(Policy, "forward", watched_policy)
+    run(tmp_path, "run")
+    assert max(before) > 10 and len(after) >= 4 and not any(after)
+
+
+def test_two_backward_passes_give_the_gradients_of_one_sum(tmp_path, monkeypatch):
+    flags = {"steps": 2, "tokens_per_microbatch": 300}
+    apart = run(tmp_path, "apart", **flags)[2]
+    waiting = []  # the loss of V, until that of the policy comes
+    backward = Accelerator.backward
+
+    def together(self, loss):
+        if not waiting:
+            waiting.append(loss)
+        else:
+            backward(self, waiting.pop() + loss)
+
+    monkeypatch.setattr(Accelerator, "backward", together)
+    summed = run(tmp_path, "together", **flags)[2]
+    for name in ("grad_norm", "value_grad_norm", "loss", "value_loss", "kl"):
+        assert summed[name] == pytest.approx(apart[name], rel=1e-5, abs=1e-9) != 0, name
+    one, other = saved(tmp_path, "apart"), saved(tmp_path, "together")
+    for network in ("policy", "value"):
+        assert all(torch.allclose(x, other[network][name], atol=1e-7) for name, x in one[network].items())
+
+
+def test_gradient_checkpointing_is_for_both_networks_and_changes_nothing(tmp_path, monkeypatch):
+    passes = []  # through the first layer of V, with gradient
+    load = ppo.load_value
+
+    def load_watched(*arguments):
+        value = load(*arguments)
+        value.body.layers[0].register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+        return value
+
+    monkeypatch.setattr(ppo, "load_value", load_watched)
+    one = run(tmp_path, "one", steps=2)[2]
+    plain = sum(passes)
+    passes.clear()
+    other = run(tmp_path, "other", steps=2, gradient_checkpointing=True)[2]
+    assert sum(passes) == 2 * plain > 0, "each layer is computed again in the backward pass"
+    for name in ("grad_norm", "value_grad_norm", "value_loss", "kl"):
+        assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-8), name
+
+
+def test_a_value_model_with_another_tokenizer_is_one_clear_line(tmp_path, tiny):
+    model = small("LlamaForCausalLM", "llama", num_labels=1)
+    model.resize_token_embeddings(len(tiny[1]))
+    model.save_pretrained(tmp_path / "other")
+    words = json.loads((ROOT / "tiny" / "tokenizer.json").read_text())
+    ids = words["model"]["vocab"]
+    one, two = list(ids)[-2:]
+    ids[one], ids[two] = ids[two], ids[one]
+    tiny[1].save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(SystemExit, match="its vocabulary is not that of the policy") as error:
+        run(tmp_path, "run", value_model=str(tmp_path / "other"))
+    assert error.value.code == 2 and "\n" not in str(error.value)
 
 
 def test_resuming_continues_to_the_bit(tmp_path):

@@ -30,6 +30,8 @@ def test_accuracy_is_a_number(answer, expected):
         ("<think>a</think><answer> \n</answer>", 0.0),
         ("<think>a</think>b<answer>c</answer>", 0.0),
         ("<think>a</think><answer>b</answer>c", 0.0),
+        ("<think>a</think><answer>b</answer>c</answer>", 0.0),
+        ("<think>a</think><answer>b</answer>\n\nSo it is b.", 0.0),
         ("x<think>a</think><answer>b</answer>", 0.0),
         ("<think>a<answer>b</answer>", 0.0),
         ("<answer>b</answer>", 0.0),
@@ -204,7 +206,7 @@ def test_what_cannot_be_checked_is_0_and_counted(monkeypatch):
     metrics = rewards.rollout_metrics(*arguments, unchecked=scores.unchecked)
     assert list(metrics)[-1] == "unchecked" and metrics["unchecked"] == 0.5 and metrics["accuracy"] == 0.5
     metrics = rewards.evaluation_metrics([1.0], scores, [3, 3, 3, 3], 4)
-    assert list(metrics)[-1] == "eval_unchecked" and metrics["eval_unchecked"] == 0.0
+    assert metrics["eval_unchecked"] == 0.0 and metrics["eval_reward/r1_zero"] == 0.25
     metrics = rewards.evaluation_metrics([1.0], scores, [3, 3, 3, 3], 4, unchecked=scores.unchecked)
     assert metrics["eval_unchecked"] == 0.5
 

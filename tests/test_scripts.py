@@ -1,5 +1,6 @@
 """The scripts as a user runs them: they learn, repeat themselves to the bit, resume, and refuse bad input."""
 
+import importlib
 import json
 import math
 import signal
@@ -12,6 +13,7 @@ import torch
 from conftest import ROOT, read_jsonl, run_script, without_times
 
 import grpo
+from batch import Rollouts
 from data import load_task
 from logprobs import Policy, load_model
 from plumbing.flags import parse
@@ -163,6 +165,22 @@ def test_several_updates_per_rollout_move_the_ratio(tmp_path):
     record = metrics_of(tmp_path, "mu", epochs=3, minibatches=2, lr=3e-4)[1]
     assert record["ratio_max"] > 1.01 and record["sampler_gap"] < 1e-4
     assert 0 <= record["clip_fraction"] < 0.5
+
+
+@pytest.mark.parametrize("script", ["grpo", "dr_grpo", "rloo", "kimi_k15", "ppo"])
+def test_every_step_and_every_epoch_has_minibatches_of_its_own(tmp_path, monkeypatch, script):
+    asked = []
+    minibatch_rows = Rollouts.minibatch_rows
+
+    def watched(self, *arguments):
+        asked.append(arguments)
+        return minibatch_rows(self, *arguments)
+
+    monkeypatch.setattr(Rollouts, "minibatch_rows", watched)
+    module = importlib.import_module(script)
+    flags = {"prompts_per_step": 4, "group_size": 4, "eval_prompts": 8, "steps": 2, "model": str(ROOT / "tiny")}
+    module.main(module.Config(out=str(tmp_path / "run"), epochs=2, minibatches=2, eval_every=0, seed=3, **flags))
+    assert asked == [(2, 3 * 10**6 + step, epoch) for step in (1, 2) for epoch in (0, 1)]
 
 
 def test_two_processes_take_the_same_step_together(tmp_path):
