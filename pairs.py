@@ -291,7 +291,7 @@ class Reference:
         if new:
             batch = pair_batch(list(new.values()), tokenizer, device)
             logp = batch_logprobs(self.policy, batch, config.temperature, config.tokens_per_microbatch)  # [2n, T]
-            rows = [row[:length] for row, length in zip(logp.cpu(), batch.lengths.tolist(), strict=True)]
+            rows = [row[:length].clone() for row, length in zip(logp.cpu(), batch.lengths.tolist(), strict=True)]
             found = {ids: rows[2 * i : 2 * i + 2] for i, ids in enumerate(new)}
         else:
             found = {}

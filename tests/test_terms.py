@@ -389,9 +389,9 @@ def watch(monkeypatch, module, name: str) -> list:
     calls = []
     function = getattr(module, name)
 
-    def watched(*arguments):
+    def watched(*arguments, **named):
         calls.append(arguments)
-        return function(*arguments)
+        return function(*arguments, **named)
 
     monkeypatch.setattr(module, name, watched)
     return calls
