@@ -174,19 +174,23 @@ def smoothing(found: dict[str, list[dict]]) -> int:
 
 
 def choose_panels(names: list[str], wanted: list[str]) -> list[Panel]:
-    """Those of PANELS that have data, and then one for each metric that is in none of them; or one for each wanted."""
+    """A panel for each wanted metric.
+
+    Without any: those of the held-out rewards, those of PANELS that have data, and one for each metric in none of them.
+    """
     if wanted:
         missing = [name for name in wanted if name not in names]
         if missing:
             fail(f"--metrics {missing[0]}: no run has it; there are {', '.join(sorted(names))}")
         return [Panel(name, "value", {name: name}) for name in wanted]
-    panels = []
-    known = set(WITHOUT_PANEL)
+    rewards = [name for name in names if name.startswith("eval_reward/")]  # named on the command line, so wanted
+    panels = [Panel(name, "value", {name: name}) for name in rewards]
+    known = {*WITHOUT_PANEL, *rewards}
     for panel in PANELS:
         known.update(panel.legends)
         if any(name in names for name in panel.legends):
             panels.append(panel)
-    for name in sorted(names, key=lambda name: not name.startswith("eval_")):  # held-out ones first
+    for name in names:
         if name not in known:
             panels.append(Panel(name, "value", {name: name}))
     return panels[:MOST_PANELS]

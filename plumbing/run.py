@@ -208,8 +208,9 @@ class Run:
         for i, norm in enumerate(grad_norms):
             found[f"gradient norm {i + 1}" if i else "gradient norm"] = norm
         for name, x in found.items():
-            if any(gather([not math.isfinite(x)])):  # in any process
-                self.stop(batch, f"the {name} is {x}")
+            bad = [value for value in gather([x]) if not math.isfinite(value)]  # in any process
+            if bad:
+                self.stop(batch, f"the {name} is {bad[0]}")
 
     def check_weights(self, batch) -> None:
         """End the run, before anything is saved or given to the sampler, if a weight is not finite."""

@@ -102,3 +102,10 @@ def answers(texts: list[str]):
         lengths=torch.ones(len(texts), dtype=torch.long),
         finish_reasons=["stop"] * len(texts),
     )
+
+
+def load_pairs(config, tokenizer, positions=None):
+    """The pairs of --data as dpo.py has them."""
+    from pairs import encode_pairs, read_pairs
+
+    return encode_pairs(*read_pairs(config.data), config, tokenizer, positions)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, answers, make_sampler
+from conftest import ROOT, answers, load_pairs, make_sampler
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -89,11 +89,6 @@ def refusal(*arguments, load=load_policy) -> str:
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def load_pairs(config, tokenizer, positions=None):
-    """As a script does."""
-    return pairs.encode_pairs(*pairs.read_pairs(config.data), config, tokenizer, positions)
 
 
 def alone(model, prompt, response):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from conftest import load_pairs
 
 import data
 import pairs
@@ -27,11 +28,6 @@ def pair(i, **more):
 
 def prompts_of(pairs):
     return [pair["prompt"] for pair in pairs]
-
-
-def load_pairs(config, tokenizer):
-    """As a script does."""
-    return encode_pairs(*read_pairs(config.data), config, tokenizer, None)
 
 
 # --- preference pairs from a file or from the Hub ---

@@ -223,3 +223,9 @@ def test_metrics_names_what_is_drawn(tmp_path):
 def test_where_the_curves_end_is_printed(tmp_path, capsys):
     plot.draw([make_run(tmp_path / str(seed), seed=seed) for seed in (0, 2)], "reward", tmp_path / "curves.png")
     assert capsys.readouterr().out == "grpo (2 seeds): reward 5 ± 1.4 at step 4\n"
+
+
+def test_a_held_out_reward_has_its_panel_whatever_else_there_is(tmp_path):
+    metrics = {"eval_reward/short": 0.5} | {f"more{i}": 1.0 for i in range(20)}
+    titles = list(panels(plot.figure([make_run(tmp_path / "a", metrics=metrics)])))
+    assert titles[:2] == ["eval_reward/short", "Held-out accuracy"] and len(titles) == 9

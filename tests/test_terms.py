@@ -2,7 +2,6 @@
 
 import collections
 import importlib
-import itertools
 import json
 
 import pytest
@@ -17,10 +16,9 @@ import dpo
 import grpo
 import kimi_k15
 import ppo
-import rewards
 import verifiers
 from batch import collate
-from logprobs import Policy, Value, explained_variance, load_value, token_logprobs
+from logprobs import Policy, Value, explained_variance, token_logprobs
 from plumbing.packing import masked_attention
 from plumbing.run import Run
 
@@ -96,44 +94,6 @@ def test_one_response_per_question(tmp_path):
         module = importlib.import_module(script)
         said = refused(module.main, module.Config(out=str(tmp_path / script), **flags))
         assert said == "--group-size 1: it must be at least 2"
-
-
-def test_the_value_network_is_through_before_the_policy_builds_its_graph(tmp_path, monkeypatch):
-    events = []
-    forward, value_forward = Policy.forward, Value.forward
-
-    def policy_forward(self, *arguments):
-        if torch.is_grad_enabled():
-            events.append("policy")
-        return forward(self, *arguments)
-
-    def watched(self, *arguments):
-        values = value_forward(self, *arguments)
-        if torch.is_grad_enabled():
-            events.append("value")
-            values.register_hook(lambda gradient: events.append("value backward"))
-        return values
-
-    monkeypatch.setattr(Policy, "forward", policy_forward)
-    monkeypatch.setattr(Value, "forward", watched)
-    ppo.main(ppo.Config(out=str(tmp_path / "run"), **SMALL))
-    assert len(events) >= 12
-    for three in (
-        itertools.batched(events, 3) if hasattr(itertools, "batched") else zip(*[iter(events)] * 3, strict=True)
-    ):
-        assert three == ("value", "value backward", "policy")
-
-
-def test_gradient_checkpointing_reaches_the_value_network(tiny, rollouts_of_tiny):
-    found = []
-    for checkpointing in (False, True):
-        value = load_value(str(ROOT / "tiny"), torch.device("cpu"), tiny[1], checkpointing)
-        value.head.weight.data.fill_(0.1)
-        value(rollouts_of_tiny).sum().backward()
-        layers = [m for m in value.body.modules() if getattr(m, "gradient_checkpointing", False)]
-        found.append((bool(layers), torch.cat([p.grad.flatten() for p in value.parameters()])))
-    assert [used for used, _ in found] == [False, True]
-    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
 
 
 @pytest.fixture
@@ -473,13 +433,6 @@ def test_the_text_of_a_response_has_neither_end_nor_padding(tiny):
     ids = tiny[1].encode("1+2=3", add_special_tokens=False)
     batch = collate([[5]], [[*ids, end, pad]], [[0.0] * (len(ids) + 2)], ["stop"], tiny[1], "cpu", {end})
     assert batch.texts == ["1+2=3"]
-
-
-def test_text_after_the_answer_has_no_format():
-    response = "<think>1+1=2</think><answer>2</answer>"
-    assert rewards.thinks_then_answers(response, {}) == 1.0
-    for more in (" and so on", ".", "<answer>2</answer>"):
-        assert rewards.thinks_then_answers(response + more, {}) == 0.0
 
 
 def test_all_pairs_with_equal_responses_are_refused_in_one_line(tmp_path):
