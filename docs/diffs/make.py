@@ -352,7 +352,7 @@ STYLE = """
   --new: light-dark(#e0f0ff, #0c2845); --new-word: light-dark(#9dcfff, #135a9e);
   --new-edge: light-dark(#1668b8, #5fb0ff);
   --m1: light-dark(#c2185b, #ff8ab5); --m2: light-dark(#7a1fa2, #d9a8ff); --m3: light-dark(#00695c, #5fe0c8);
-  --m4: light-dark(#8d5000, #ffc65c); --m5: light-dark(#283fc4, #a9b8ff); --strip: 150px }
+  --m4: light-dark(#8d5000, #ffc65c); --m5: light-dark(#283fc4, #a9b8ff); --strip: 150px; --code: 20px }
 :root[data-theme=light] { color-scheme: light }
 :root[data-theme=dark] { color-scheme: dark }
 * { box-sizing: border-box }
@@ -399,11 +399,11 @@ pre { margin: 0; font: 16px/1.3 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono
 .hunk > div { display: grid; grid-row: 1 / span var(--n); grid-template-rows: subgrid; align-content: start }
 .whole > div { display: block }
 .line { display: grid; grid-template-columns: 52px minmax(0, 1fr) }
-code { font: 20px/27px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; letter-spacing: -.025em;
+code { font: var(--code)/1.35 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; letter-spacing: -.025em;
   white-space: pre-wrap; overflow-wrap: anywhere; padding-right: 6px; padding-left: calc(var(--n) + 8px);
   text-indent: calc(-1 * var(--n)) }
 .blank code { line-height: 9px }
-.line > i { font: 13px/27px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; color: var(--dim);
+.line > i { font: 13px/calc(1.35 * var(--code)) ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; color: var(--dim);
   text-align: right; padding-right: 4px; user-select: none }
 .blank > i { visibility: hidden; line-height: 9px }
 .line > i > b { color: var(--bg); border-radius: 9px; padding: 1px 5px; margin-right: 4px }
@@ -466,6 +466,7 @@ td, th { padding: 8px; border: 1px solid var(--dim) }
   .stop { display: block }
 }
 @media (min-width: 1300px) {
+  :root { --code: clamp(14px, .9vw, 20px) }
   .term .wide.new { grid-column: 3 }
   .term .wide.old { grid-column: 2 }
 }
