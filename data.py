@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from plumbing.fail import fail, first_line
+from plumbing.fail import fail, first_line, say
 from verifiers import start_judge
 
 # Every split comes from this constant and never from the seed of a run:
@@ -198,7 +198,7 @@ def source_task(name: str, data: tuple[str, ...]) -> Task:
     warn_about_columns(train_rows + test_rows)
     repeats = len(train_rows) + len(test_rows) - len(train) - len(test)
     if repeats:
-        print(f"data: {repeats} repeated questions were left out")
+        say(f"data: {repeats} repeated questions were left out")
     if not test:
         random.Random(SPLIT_SEED).shuffle(train)
         size = min(TEST_SIZE, math.ceil(len(train) / 10))
@@ -378,9 +378,9 @@ def warn_about_answers(examples: list[dict]) -> None:
         if has_words or ambiguous or too_long:
             unclear.append(answer)
     if several_boxes:
-        print(f"data: {several_boxes} solutions have several boxes; the last one counts as the answer")
+        say(f"data: {several_boxes} solutions have several boxes; the last one counts as the answer")
     if unclear:
-        print(
+        say(
             f"data: {len(unclear)} answers are neither a number nor a formula nor plain words, such as "
             f"{unclear[0]!r:.60}; a response can hardly match them"
         )
@@ -393,9 +393,7 @@ def warn_about_columns(rows: list[tuple[str, dict]]) -> None:
         if any(column in row for _, row in rows):
             unread.append(column)
     if unread:
-        print(
-            f"data: the columns {', '.join(unread)} are not shown to the model; write what it needs into the question"
-        )
+        say(f"data: the columns {', '.join(unread)} are not shown to the model; write what it needs into the question")
 
 
 # --- prompts ---
@@ -492,7 +490,7 @@ def encode_prompts(
         fail(f"all {split} prompts are longer than --max-prompt-tokens {max_prompt_tokens}; raise it")
     too_long = len(examples) - len(kept)
     if too_long:
-        print(
+        say(
             f"data: {too_long} of {len(examples)} {split} prompts are longer than "
             f"--max-prompt-tokens {max_prompt_tokens} and were left out"
         )
@@ -509,9 +507,7 @@ def warn_about_control_tokens(texts: list[str], tokenizer, what: str) -> None:
     for text in texts:
         found += [token for token in special if token in text][:1]
     if found:
-        print(
-            f"data: {len(found)} {what} spell a special token, such as {found[0]!r}; the model reads the token itself"
-        )
+        say(f"data: {len(found)} {what} spell a special token, such as {found[0]!r}; the model reads the token itself")
 
 
 def check_positions(longest: int, positions: int | None, flag: str) -> None:
@@ -565,7 +561,7 @@ def encode_task(task: Task, config, tokenizer, positions: int | None) -> tuple[l
     positions: the most tokens that the model takes; None without a limit
     """
     task = Task(task.name, with_system(task.train, config.system), with_system(task.test, config.system))
-    print(describe(task, tokenizer, config.template))
+    say(describe(task, tokenizer, config.template))
     train = encode_prompts(task.train, tokenizer, config.template, config.max_prompt_tokens, "training")
     check_enough(train, config)
     held_out = task.test[: config.eval_prompts]

@@ -158,7 +158,7 @@ def main(config: Config) -> None:
     else:
         questions, test = encode_task(task, config, tokenizer, policy.positions)
         stop = stop_strings(tokenizer, config.template)
-        sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
+        sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast, optimizer)
         if config.resume:  # sampled again, they might differ
             train, held_out = json.loads((run.folder / "pairs.json").read_text())
         else:

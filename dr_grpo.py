@@ -128,7 +128,7 @@ def main(config: Config) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     train, test = encode_task(task, config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
-    sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
+    sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast, optimizer)
     run.start(tokenizer, train, policy=policy, optimizer=optimizer)  # with --resume: as saved
     sampler.push(policy)
     responses_per_update = config.prompts_per_step * config.group_size // config.minibatches

@@ -11,7 +11,9 @@ from plumbing.model_checks import check_folder, check_model, check_tokenizer, ch
 from plumbing.packing import can_pack, packed_states, use_packed_attention
 
 PROBE = torch.tensor([[1, 2, 3]])  # any tokens do, to compare two ways of computing the same
-LOGITS_AT_ONCE = 2**25  # the most logits in memory at once: 128 MiB in float32, whatever B, T and the vocabulary
+# The most logits in memory at once, whatever B, T and the vocabulary: 128 MiB in float32, and 1 GiB on a GPU, where
+# every pass over the head costs time.
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
 
 
 # --- the policy ---
@@ -135,7 +137,7 @@ def token_logprobs(
     hidden = response_states(model.base_model, batch)  # [N, H] N response tokens
     targets = batch.response_ids[batch.response_mask]  # [N]
     head = model.get_output_embeddings()
-    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    chunk = max(1, LOGITS_AT_ONCE[hidden.device.type] // head.weight.shape[0])
     logps = []
     entropies = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
@@ -152,10 +154,24 @@ def token_logprobs(
 
 def head_logprobs(head, hidden, targets, temperature, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target and entropy of its distribution, [N] each, from hidden states [N, H]."""
-    log_p = (head(hidden).to(dtype) / temperature).log_softmax(-1)  # [N, V]
-    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)  # [N]
-    logp = log_p.gather(-1, targets[:, None]).squeeze(-1)  # [N]
+    with own_cast(hidden.device):
+        z = head(hidden).to(dtype) / temperature  # [N, V] logits
+    log_Z = z.logsumexp(-1, keepdim=True)  # [N, 1]
+    logp = (z.gather(-1, targets[:, None]) - log_Z).squeeze(-1)  # [N]
+    with torch.no_grad():
+        log_p = z - log_Z  # [N, V]
+        entropy = -(log_p.exp() * log_p).sum(-1)  # [N]
     return logp, entropy
+
+
+def own_cast(device: torch.device):
+    """Under autocast, a context in which weights are cast to bf16 anew, without autocast's memory of what it has cast.
+
+    Otherwise the gradients of all chunks would be added up in bf16, in which small numbers are lost beside a large sum.
+    """
+    enabled = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type)
+    return torch.autocast(device.type, dtype, enabled, cache_enabled=False)
 
 
 def on_mask(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

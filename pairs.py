@@ -27,7 +27,7 @@ from data import (
     with_system,
 )
 from logprobs import batch_logprobs
-from plumbing.fail import fail
+from plumbing.fail import fail, say
 from plumbing.processes import gather
 from rewards import score
 
@@ -135,9 +135,9 @@ def as_text(rows: list[tuple[str, dict]], responses: tuple[str, ...], source: st
             row["system"] = "\n\n".join(systems)
         texts.append((where, row))
     if several_turns:
-        print(f"data: {several_turns} rows of {source} are conversations of several turns and were left out")
+        say(f"data: {several_turns} rows of {source} are conversations of several turns and were left out")
     if part_early:
-        print(
+        say(
             f"data: {part_early} rows of {source} were left out: their conversations differ before the last message, "
             "or do not end with the assistant's"
         )
@@ -196,10 +196,10 @@ def encode_preferences(pairs: list[dict], tokenizer, config, split: str) -> list
         if pair["chosen_ids"] != pair["rejected_ids"]:
             kept.append(pair)
     if cut:
-        print(f"data: {cut} {split} responses are longer than --max-new-tokens {limit} and were cut there")
+        say(f"data: {cut} {split} responses are longer than --max-new-tokens {limit} and were cut there")
     equal = len(encoded) - len(kept)
     if equal:
-        print(f"data: {equal} {split} pairs have equal responses and were left out")
+        say(f"data: {equal} {split} pairs have equal responses and were left out")
     return kept
 
 
@@ -363,7 +363,7 @@ def encode_demonstrations(demonstrations: list[dict], tokenizer, config, split: 
             cut += 1
         pair["response_ids"] = ids[:limit]
     if cut:
-        print(f"data: {cut} {split} responses are longer than --max-response-tokens {limit} and were cut there")
+        say(f"data: {cut} {split} responses are longer than --max-response-tokens {limit} and were cut there")
     return encoded
 
 

@@ -172,7 +172,7 @@ def main(config: Config) -> None:
     optimizer.add_param_group({"params": value_parameters, "lr": config.value_lr})
     train, test = encode_task(task, config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
-    sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
+    sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast, optimizer)
     run.start(tokenizer, train, policy=policy, value=value, optimizer=optimizer)  # with --resume: as saved
     sampler.push(policy)
     updates = config.epochs * config.minibatches

@@ -3,8 +3,10 @@
 Training uses exactly the token ids that were sampled: their text, tokenised again, need not give the same ones.
 """
 
+import contextlib
 import functools
 import importlib.util
+import logging
 import math
 import os
 import random
@@ -14,6 +16,7 @@ from tqdm import tqdm
 
 from batch import Rollouts, collate, left_pad
 from plumbing.fail import fail, first_line
+from plumbing.memory import PER_WEIGHT, cache_bytes, vllm_share
 
 
 def check_sampler(name: str) -> str:
@@ -37,15 +40,16 @@ def check_sampler(name: str) -> str:
     return "vllm"
 
 
-def make_sampler(config, policy, tokenizer, stop: list[str], autocast):
+def make_sampler(config, policy, tokenizer, stop: list[str], autocast, optimizer=None):
     """The sampler that --sampler names, with the policy's weights.
 
     stop: texts that end a response, besides the end tokens
     autocast: makes the context in which models compute, accelerator.autocast
+    optimizer: of all that is trained; its future state must have room beside vLLM
     """
     ends = end_tokens(policy.model, tokenizer)
     if check_sampler(config.sampler) == "vllm":
-        return VLLMSampler(config, policy, tokenizer, ends, stop, autocast)
+        return VLLMSampler(config, policy, tokenizer, ends, stop, autocast, optimizer)
     return HFSampler(config, policy, tokenizer, ends, stop, autocast)
 
 
@@ -167,12 +171,12 @@ class HFSampler:
                 positions = positions[rows, -1:]  # [B, 1]
                 cache.reorder_cache(rows)
             ids, logp = sample_tokens(logits, temperature, numbers[:, t : t + 1])  # [b, 1] each
-            tokens = ids[:, 0].tolist()
-            token_logps = logp[:, 0].tolist()
+            sampled = torch.cat([ids.double(), logp.double()], dim=1).tolist()  # one wait for the GPU, not two
             still_running = []  # which of the b rows
             for row, i in enumerate(alive):
-                responses[i].append(tokens[row])
-                logps[i].append(token_logps[row])
+                token, token_logp = sampled[row]
+                responses[i].append(int(token))
+                logps[i].append(token_logp)
                 if self.is_over(responses[i]):
                     finish_reasons[i] = "stop"
                 else:
@@ -268,9 +272,13 @@ def sample_tokens(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> 
 
 
 class VLLMSampler:
-    """Samples with vLLM in this process. The trained weights are pushed into it after every update, and checked."""
+    """Samples with vLLM in this process. The trained weights are pushed into it after every update, and checked.
 
-    def __init__(self, config, policy, tokenizer, ends: set[int], stop: list[str], autocast):
+    vLLM sets seeds, threads and the precision of products for the whole process. It changes nothing here: every draw
+    has a generator of its own, and products run in bf16 under autocast or in full float32.
+    """
+
+    def __init__(self, config, policy, tokenizer, ends: set[int], stop: list[str], autocast, optimizer=None):
         from vllm import LLM, SamplingParams
 
         self.policy = policy
@@ -281,10 +289,11 @@ class VLLMSampler:
         self.max_new_tokens = config.max_new_tokens
         self.SamplingParams = SamplingParams
         self.device = policy.model.device
-        self.cuda = self.device.type == "cuda"
+        self.cuda = on_gpu(self.device)
         longest = config.max_prompt_tokens + config.max_new_tokens
+        rows = rows_at_once(config)
         if self.cuda:
-            memory = {"gpu_memory_utilization": 0.5}
+            memory = {"gpu_memory_utilization": gpu_share(policy.model, optimizer, rows, longest)}
         else:
             memory = {"kv_cache_memory_bytes": 2**30}
         self.llm = LLM(
@@ -292,6 +301,7 @@ class VLLMSampler:
             dtype="bfloat16" if self.cuda else "float32",
             enforce_eager=not self.cuda,
             max_model_len=min(longest, policy.model.config.max_position_embeddings),
+            max_num_seqs=rows,
             logprobs_mode="processed_logprobs",  # "processed": at the temperature
             enable_sleep_mode=self.cuda,
             **memory,
@@ -299,16 +309,22 @@ class VLLMSampler:
         self.noise = self.gap()  # both sides have the same weights yet: this is what rounding does
 
     def push(self, policy) -> None:
-        """Give vLLM the policy's present weights, wake it, and stop if they evidently did not arrive."""
+        """Give vLLM the policy's present weights, wake it, and stop if they evidently did not arrive.
+
+        The check finds weights that are lost, not weights that are one small update old.
+        """
         torch.cuda.empty_cache()  # vLLM cannot wake in memory that torch merely keeps
         self.llm.wake_up(tags=["weights"])  # does nothing where it is awake
         parameters = policy.model.state_dict().items()  # names a tied LM head too, of which vLLM may keep a copy
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": parameters})
+        with no_weights_missing():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": parameters})
         self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()  # cached keys and values are those of the old weights
+        if not self.llm.reset_prefix_cache():  # cached keys and values are those of the old weights
+            raise RuntimeError("vLLM did not empty its prefix cache, so it would sample with keys of the old weights")
         gap = self.gap()
+        check_finite([[gap]])
         limit = min(0.3, 0.01 + 10 * self.noise)
-        if not gap <= limit:  # written so that nan fails too
+        if gap > limit:
             raise RuntimeError(
                 f"the pushed weights did not arrive in vLLM: log-probs differ by {gap:.2g} nats per token from the "
                 f"trainer's, at first by {self.noise:.2g}; use --sampler hf, or another vLLM"
@@ -336,6 +352,7 @@ class VLLMSampler:
                 max_tokens=limit or self.max_new_tokens,
                 seed=request_seed,
                 logprobs=0,  # of the sampled token only
+                flat_logprobs=True,  # numbers in lists, not an object for every token
                 stop=self.stop,
                 detokenize=bool(self.stop),
                 stop_token_ids=list(self.ends),
@@ -349,12 +366,8 @@ class VLLMSampler:
         finish_reasons = []
         for request in outputs_of_requests:
             for output in request.outputs:
-                token_ids = list(output.token_ids)
-                token_logps = []
-                for token, by_id in zip(token_ids, output.logprobs, strict=True):
-                    token_logps.append(by_id[token].logprob)
-                responses.append(token_ids)
-                logps.append(token_logps)
+                responses.append(list(output.token_ids))
+                logps.append(sampled_logps(output))
                 finish_reasons.append(output.finish_reason)
         check_finite(logps)
         return collate(prompts, responses, logps, finish_reasons, self.tokenizer, self.device, self.ends)
@@ -366,3 +379,55 @@ class VLLMSampler:
         with torch.no_grad(), self.autocast():
             logp, _ = self.policy(batch, 1.0)
         return (logp - batch.sampler_logp)[batch.response_mask].abs().mean().item()
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether vLLM shares a GPU with the training, and so has to sleep during updates."""
+    return device.type == "cuda"
+
+
+def rows_at_once(config) -> int:
+    """The most responses that vLLM writes at the same time: those of a rollout, at most 512."""
+    if hasattr(config, "prompts_per_step"):
+        responses = config.prompts_per_step * config.group_size
+    else:
+        responses = config.eval_prompts * config.eval_samples
+    return min(512, responses)
+
+
+def gpu_share(model, optimizer, rows: int, row_tokens: int) -> float:
+    """vLLM's share of this GPU, on which all models of the training are already."""
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    trained = 0
+    for group in optimizer.param_groups if optimizer else []:
+        trained += sum(p.numel() for p in group["params"])
+    trainer = torch.cuda.memory_allocated(model.device) + PER_WEIGHT["adam"] * trained
+    text_config = model.config.get_text_config()
+    return vllm_share(total, trainer, model.num_parameters(), cache_bytes(text_config), rows, row_tokens)
+
+
+def sampled_logps(output) -> list[float]:
+    """The log-prob of each sampled token of a response by vLLM."""
+    found = output.logprobs
+    assert found.token_ids == list(output.token_ids), "vLLM gave log-probs of other tokens than the sampled ones"
+    return found.logprobs
+
+
+@contextlib.contextmanager
+def no_weights_missing():
+    """Make an error of vLLM's warning that some weights were not among those given; vLLM itself keeps what it had."""
+    warnings = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    missing = [warning for warning in warnings if "not loaded" in warning]
+    if missing:
+        raise RuntimeError(f"the pushed weights did not arrive in vLLM: {missing[0]}")

@@ -47,12 +47,12 @@ sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
 from batch import collate, left_pad  # noqa: E402
 from data import encode_task, read_task, stop_strings  # noqa: E402
-from logprobs import LOGITS_AT_ONCE, Policy, load_policy  # noqa: E402
+from logprobs import Policy, load_policy  # noqa: E402
+from plumbing import memory  # noqa: E402
 from plumbing.fail import fail  # noqa: E402
-from plumbing.flags import RunConfig  # noqa: E402
 from plumbing.run import Run  # noqa: E402
 from rewards import REWARDS  # noqa: E402
-from rollout import AT_ONCE, check_sampler, make_sampler  # noqa: E402
+from rollout import check_sampler, make_sampler  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -298,21 +298,12 @@ def model_flops(c, prompt_lengths: list[int], response_lengths: list[int]) -> di
     lengths = []  # of the responses with their prompts
     for i, response_length in enumerate(response_lengths):
         lengths.append(prompt_lengths[i // group_size] + response_length)
-    q, _, layer = widths(c)
+    q, _, layer = memory.widths(c)
     return {
         "layers": 6 * c.num_hidden_layers * layer * (sum(prompt_lengths) + sum(response_lengths)),
         "head": 6 * c.vocab_size * c.hidden_size * sum(response_lengths),
         "attention": 12 * c.num_hidden_layers * q * sum(length**2 for length in lengths),
     }
-
-
-def widths(c) -> tuple[int, int, int]:
-    """Widths of the queries and of the keys, and the number of weights in the matrices of a layer."""
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    q = head * c.num_attention_heads
-    kv = head * c.num_key_value_heads
-    layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
-    return q, kv, layer
 
 
 class Memory:
@@ -566,38 +557,38 @@ def no_gap() -> float:
 def step(config: Config, folder: str) -> dict:
     """Median step of grpo.py itself, and the peak memory of its phases."""
     script = script_config(config, folder)
-    memory = Memory()
+    peaks = Memory()
 
     def make_watched_sampler(*args):
         sampler = full_length(make_sampler(*args))
-        memory.mark("start")
-        sampler.generate = memory.watched(sampler.generate, "other", "rollout")
-        sampler.sleep = memory.watched(sampler.sleep, "other", "sleep")
-        sampler.push = memory.watched(sampler.push, "update", "push")
+        peaks.mark("start")
+        sampler.generate = peaks.watched(sampler.generate, "other", "rollout")
+        sampler.sleep = peaks.watched(sampler.sleep, "other", "sleep")
+        sampler.push = peaks.watched(sampler.push, "update", "push")
         return sampler
 
     REWARDS["noise"] = noise
     grpo.make_sampler = make_watched_sampler
     grpo.Run = ShortRun
     grpo.main(script)
-    memory.done = True
+    peaks.done = True
     lines = Path(script.out, "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines][2:]  # without the evaluation before training, and the warm-up
     found = {}
     for name in ("seconds", "seconds_rollout", "seconds_update", "tokens"):
         found[name] = statistics.median(record[name] for record in records)
     found["sampler"] = check_sampler(config.sampler)
-    found["memory"] = memory.phases
-    found["estimate"] = memory_gb(
+    found["memory"] = peaks.phases
+    estimate = memory.phases(
         AutoConfig.from_pretrained(script.model),
-        beta=0.0,
-        sampler=found["sampler"],
-        gpu_gb=torch.cuda.mem_get_info()[1] / GB if CUDA else 0,
-        microbatch=config.tokens_per_microbatch,
+        found["sampler"],
+        reference=False,
         checkpointing=config.gradient_checkpointing,
+        microbatch=config.tokens_per_microbatch,
         rows=config.prompts * config.group_size,
         row_tokens=config.prompt_tokens + config.response_tokens,
     )
+    found["estimate"] = {phase: x / GB for phase, x in estimate.items()}
     return found
 
 
@@ -613,71 +604,48 @@ PARTS = {function.__name__: function for function in (machine, rollout_hf, rollo
 
 # --- memory, by a formula ---
 
-BYTES = {"weights": 4, "adam": 8, "reference": 4, "gradients": 4, "bf16 copies": 2}  # per weight
-
-
-def activation_bytes(c, checkpointing: bool = False) -> int:
-    """What the layers keep of a token for the backward pass, under autocast, with attention that keeps no T x T matrix.
-
-    The residual stream is in float32. Each of two norms keeps it before and after, and autocast casts it anew for each
-    of five matrices: 4 x 4 + 5 x 2 = 26 bytes per unit of width. q, k, v and the output of attention 2 each, the output
-    once more when it is packed; gate, its activation, up and their product 2 each. With checkpointing all layers keep
-    only their input, but one at a time. It takes every token for one in a full row: no padding, no shared prompt.
-    """
-    q, kv, _ = widths(c)
-    layer = 26 * c.hidden_size + 6 * q + 4 * kv + 8 * c.intermediate_size
-    if checkpointing:
-        return c.num_hidden_layers * 4 * c.hidden_size + layer
-    return c.num_hidden_layers * layer
-
-
-def memory_gb(
-    c, beta: float, sampler: str, gpu_gb=0.0, microbatch=8192, checkpointing=False, rows=128, row_tokens=1152
-) -> dict[str, float]:
-    """GB that grpo.py needs on a GPU in its two largest phases, for a model with configuration c.
-
-    The update has weights, Adam and gradients (4, 8 and 4 bytes per parameter) and the reference model, if beta (4);
-    then the activations of a micro-batch, the bf16 copies that autocast makes of all matrices (2 bytes per weight), a
-    chunk of 2^25 logits with 16 bytes each, and two bf16 gradients of the LM head; AdamW, fused, needs nothing more.
-    The rollout has weights, Adam, the reference and either half of the GPU, which vLLM takes (rollout.py) and gives
-    back to sleep, or, for a wave of responses (--sampler-tokens), copies, logits of 6 bytes, a cache in float32 with
-    half of it as spare room, and 28 bytes for each of 2^24 probabilities. CUDA itself takes 1 GB, with vLLM's graphs 3.
-    But for weights, Adam, gradients and activations, which tests measure on a CPU, these are estimates.
-    """
-    _, kv, layer = widths(c)
-    layers = c.num_hidden_layers
-    head = c.vocab_size * c.hidden_size
-    parameters = layers * layer + head  # norms and biases are a thousandth
-    if not c.tie_word_embeddings:
-        parameters += head
-    always = (BYTES["weights"] + BYTES["adam"]) * parameters
-    if beta:
-        always += BYTES["reference"] * parameters
-    always += 3 * GB if sampler == "vllm" else 1 * GB  # of CUDA itself
-    copies = BYTES["bf16 copies"] * (layers * layer + head)
-    cache = row_tokens * layers * kv * 12  # of a row
-    logits = c.vocab_size * 6  # of a row
-    wave = min(rows, RunConfig.sampler_tokens // row_tokens)  # rows
-    if sampler == "vllm":
-        sampling = gpu_gb * GB / 2
-    else:
-        sampling = copies + wave * (cache + logits) + 28 * AT_ONCE
-    gradients = BYTES["gradients"] * parameters
-    backward = copies + microbatch * activation_bytes(c, checkpointing) + 16 * LOGITS_AT_ONCE + 4 * head
-    return {"rollout": (always + sampling) / GB, "update": (always + gradients + backward) / GB}
+# What can be done about memory: the words of the table, and the flags of memory.phases.
+WAYS = {
+    "one process": {},
+    "`--lora-rank 32`": {"lora_rank": 32},
+    "2 processes with `--shard`": {"shards": 2},
+    "4 processes with `--shard`": {"shards": 4},
+}
+METHODS = {
+    "grpo.py, `--beta 0`": {"reference": False},
+    "grpo.py": {"reference": True},
+    "ppo.py": {"reference": True, "value": True},
+}
 
 
 def memory_page() -> str:
-    """docs/memory.md: the formula in words, and a table for each sampler."""
+    """docs/memory.md: which way of training fits which GPU, and the formula in words."""
     parts = [
         "# What should fit in which GPU",
         "`python benchmarks/gpu.py --memory-table > docs/memory.md`",
-        explanation(memory_gb),
-        explanation(activation_bytes),
-        memory_table("hf"),
-        memory_table("vllm"),
+        MEMORY_INTRODUCTION,
     ]
-    return "\n\n".join(parts)
+    for sampler in ("vllm", "hf"):
+        parts.append(f"## `--sampler {sampler}`")
+        for method, flags in METHODS.items():
+            parts.append(memory_table(sampler, method, flags))
+    parts += ["## The formula", explanation(memory.phases), explanation(memory.activation_bytes)]
+    return "\n\n".join(parts) + "\n"
+
+
+MEMORY_INTRODUCTION = """\
+Micro-batches of 8,192 tokens, 128 responses of 1,152 tokens with their prompts. **fits**: as it is; **checkpointing**:
+with `--gradient-checkpointing`; otherwise the phase that is too large even so. Smaller micro-batches make the update
+smaller, shorter responses the rollout. Every GPU of several has the size named.
+
+- One process: `python grpo.py --model ... --tokens-per-microbatch 8192`
+- LoRA: the same with `--lora-rank 32`, which trains a small adapter. The frozen weights are in bf16 and are the
+  reference too.
+- Several processes: `torchrun --nproc_per_node 4 grpo.py ...` is faster, and each still keeps everything, as in one
+  process. With `--shard`, which wants vLLM, weights, gradients and Adam's state are spread over them. vLLM is whole on
+  each GPU.
+- `ppo.py` has a value network of the policy's size, unless `--lora-rank` lets both share one body. It then runs in
+  one process, or in several without `--shard`."""
 
 
 def explanation(function) -> str:
@@ -685,30 +653,27 @@ def explanation(function) -> str:
     return inspect.getdoc(function).partition("\n\n")[2]
 
 
-def memory_table(sampler: str = "vllm", microbatch: int = 8192, gpus=(16, 24, 48, 80)) -> str:
-    """Markdown: which sizes fit in which GPU, with 5 % of it to spare."""
-    lines = [
-        f"Estimates for `--sampler {sampler}`, micro-batches of {microbatch:,} tokens, 128 responses of 1,152 tokens "
-        "with their prompts. Where a model does not fit, the phase that is too large is named.",
-        "",
-    ]
-    columns = ["model", "beta", "gradient checkpointing", "update, GB", *(f"{gpu} GB" for gpu in gpus)]
-    lines.append(table_row(columns))
-    lines.append("|---" * len(columns) + "|")
+def memory_table(sampler: str, method: str, flags: dict, gpus=(16, 24, 48, 80)) -> str:
+    """Markdown: in which GPU a method trains which size of model."""
+    lines = [table_row([method, "", *(f"{gpu} GB" for gpu in gpus)]), "|---" * (len(gpus) + 2) + "|"]
     for size in SIZES:
         if size == "toy":
             continue
-        for beta, checkpointing in ((0, False), (0, True), (0.04, False), (0.04, True)):
-            needs = []  # of each GPU
-            for gpu in gpus:
-                phases = memory_gb(model_config(size), beta, sampler, gpu, microbatch, checkpointing)
-                needs.append(phases)
-            cells = [size, f"{beta:g}", "yes" if checkpointing else "no", f"{needs[0]['update']:.1f}"]
-            for gpu, phases in zip(gpus, needs, strict=True):
-                too_large = [phase for phase, x in phases.items() if x > 0.95 * gpu]
-                cells.append(", ".join(too_large) or "fits")
-            lines.append(table_row(cells))
-    return "\n".join(lines) + "\n"
+        for way, more in WAYS.items():
+            if sampler == "hf" and "shards" in more:  # is refused
+                continue
+            cells = [memory_cell(size, gpu, sampler=sampler, **flags, **more) for gpu in gpus]
+            lines.append(table_row([size, way, *cells]))
+    return "\n".join(lines)
+
+
+def memory_cell(size: str, gpu_gb: int, **flags) -> str:
+    """How a model fits in a GPU."""
+    c = model_config(size)
+    if not memory.too_large(memory.phases(c, **flags), gpu_gb * GB):
+        return "fits"
+    too_large = memory.too_large(memory.phases(c, checkpointing=True, **flags), gpu_gb * GB)
+    return ", ".join(too_large) or "checkpointing"
 
 
 # --- the report ---

@@ -1,4 +1,4 @@
-"""How a run ends because of a user's mistake: with one line that says what to do."""
+"""What a run tells its user in a line, once, however many processes there are; and how it ends because of a mistake."""
 
 import os
 import sys
@@ -18,8 +18,14 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+def say(message: str) -> None:
+    """Print a line."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message)
+
+
 def fail(message: str) -> NoReturn:
-    """End the run. The message goes to standard error, once, however many processes there are."""
+    """End the run with status 2 and a line on standard error that says what to do."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
     raise UserError(message)

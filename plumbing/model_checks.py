@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.fail import fail
+from plumbing.fail import fail, say
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -59,7 +59,7 @@ def mend_generation_config(path: str, model) -> None:
         model.generation_config = GenerationConfig(
             eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id
         )
-    print(f"model: the generation_config of {path} contradicts itself; it was mended, and is saved so")
+    say(f"model: the generation_config of {path} contradicts itself; it was mended, and is saved so")
 
 
 def is_valid(generation_config) -> bool:
@@ -82,11 +82,11 @@ def check_tokenizer(flag: str, path: str, tokenizer, model) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so the end token keeps its meaning
     if tokenizer.encode("1")[-1:] == [tokenizer.eos_token_id]:
-        print("model: the tokenizer ends every text with its end token; prompts are taken without it")
+        say("model: the tokenizer ends every text with its end token; prompts are taken without it")
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = [tag for tag in TAGS if tag in special]
     if special:
-        print(f"model: {', '.join(special)} are special tokens; they stay in the text that is rewarded")
+        say(f"model: {', '.join(special)} are special tokens; they stay in the text that is rewarded")
 
 
 def check_vocabulary(flag: str, path: str, model, tokenizer) -> None:

@@ -14,11 +14,12 @@ the rows: P Q A B, P Q D, R S F, padded on the right, where the causal mask hide
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from batch import Rollouts
+from plumbing.fail import say
 
 ATTENTION = "packed_sdpa"  # the name of our attention in Transformers' registry
+NOT_PACKED = "model: this architecture cannot leave padding out, so updates compute on padding too, and take longer"
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Pack:
     positions: torch.Tensor  # [N] of each token in its row
     rows: torch.Tensor  # [B, W] the places in the pack of each row's tokens; 0 where a row has ended
     first_places: torch.Tensor  # [N] where in rows.flatten() each token of the pack stands for the first time
-    predicting_places: list[int]  # the places in the pack whose states predict the response tokens, row after row
+    predicting_places: torch.Tensor  # the places in the pack whose states predict the response tokens, row after row
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """[1, heads, N, d] -> [B, heads, W, d]"""
@@ -43,41 +44,39 @@ class Pack:
 
 def make_pack(batch: Rollouts) -> Pack:
     """The pack of a batch."""
-    input_ids = batch.input_ids.tolist()
-    prompt_index = batch.prompt_index.tolist()
-    prompt_lengths = batch.prompt_lengths.tolist()
-    response_lengths = batch.lengths.tolist()
+    B = len(batch.input_ids)
     L = batch.prompt_width
-    tokens = []
-    positions = []
-    owners = []  # the first row that each token of the pack belongs to
-    rows = []  # for each row, the places of its tokens in the pack
-    predicting_places = []
-    for i in range(len(input_ids)):
-        p = prompt_lengths[i]
-        r = response_lengths[i]
-        if i == 0 or prompt_index[i] != prompt_index[i - 1]:  # a new prompt; the rows after it share it
-            prompt_places = list(range(len(tokens), len(tokens) + p))
-            tokens += input_ids[i][L - p : L]
-            positions += range(p)
-            owners += [i] * p
-        response_places = list(range(len(tokens), len(tokens) + r - 1))  # the last token predicts nothing
-        tokens += input_ids[i][L : L + r - 1]
-        positions += range(p, p + r - 1)
-        owners += [i] * (r - 1)
-        places = prompt_places + response_places
-        rows.append(torch.tensor(places))
-        predicting_places += places[p - 1 :]  # from the last token of the prompt on
     device = batch.input_ids.device
-    rows = pad_sequence(rows, batch_first=True).to(device)  # [B, W]
-    positions = torch.tensor(positions, device=device)  # [N]
-    owners = torch.tensor(owners, device=device)  # [N]
+    p = batch.prompt_lengths[:, None]  # [B, 1]
+    r = batch.lengths[:, None]  # [B, 1]
+    rows = torch.arange(B, device=device)[:, None]  # [B, 1]
+
+    # Which tokens are in the pack: each prompt once, and responses without their last token, which predicts nothing.
+    begins = torch.ones(B, 1, dtype=torch.bool, device=device)  # [B, 1] whether the row before has another prompt
+    begins[1:, 0] = batch.prompt_index[1:] != batch.prompt_index[:-1]
+    columns = torch.arange(batch.input_ids.shape[1], device=device)  # [L + T]
+    prompt = (columns >= L - p) & (columns < L)  # [B, L + T]
+    response = (columns >= L) & (columns < L + r - 1)  # [B, L + T]
+    kept = (prompt & begins) | response  # [B, L + T]
+    positions = (columns - L + p).expand(B, -1)  # [B, L + T] of a token in its row
+
+    # Where they are: the k-th kept token has place k, and a shared prompt is that of the first row of its group.
+    places = (kept.flatten().cumsum(0) - 1).view(kept.shape)  # [B, L + T]
+    first_rows = torch.where(begins, rows, 0).cummax(0).values  # [B, 1]
+    places = torch.where(prompt, places[first_rows[:, 0]], places)  # [B, L + T]
+
+    # The same, row by row from the left: W columns, of which row i has p + r - 1.
+    width = int((p + r).max()) - 1  # W
+    shifted = torch.arange(width, device=device) + L - p  # [B, W] the column of each
+    is_real = shifted < L + r - 1  # [B, W]
+    rows_of_places = torch.where(is_real, places.gather(1, shifted.clamp(max=len(columns) - 1)), 0)  # [B, W]
+    predicts = is_real & (shifted >= L - 1)  # [B, W] from the last token of the prompt on
     return Pack(
-        tokens=torch.tensor(tokens, device=device),
-        positions=positions,
-        rows=rows,
-        first_places=owners * rows.shape[1] + positions,  # row * W + column; the column of a token is its position
-        predicting_places=predicting_places,
+        tokens=batch.input_ids[kept],
+        positions=positions[kept],
+        rows=rows_of_places,
+        first_places=(rows * width + positions)[kept],  # the column of a token in `rows` is its position
+        predicting_places=rows_of_places[predicts],
     )
 
 
@@ -104,8 +103,9 @@ def packed_attention(module, query, key, value, attention_mask, packing: Pack | 
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kwargs["is_causal"] = True
-    query = packing.unpack(query)  # [B, heads, W, d]
-    key = packing.unpack(key)
+    # Under autocast the rotary embedding leaves queries and keys in float32, twice as large as they will be used.
+    query = packing.unpack(query.to(value.dtype))  # [B, heads, W, d]
+    key = packing.unpack(key.to(value.dtype))
     value = packing.unpack(value)
     out, _ = sdpa_attention_forward(module, query, key, value, None, **kwargs)  # [B, W, heads, d]
     return packing.pack(out), None
@@ -131,6 +131,8 @@ def use_packed_attention(model) -> None:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without this line padding would be attended to
     if model.config._attn_implementation == "sdpa":  # the default of most models; ours does the same without a pack
         model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:
+        say(NOT_PACKED)
 
 
 def can_pack(body, batch: Rollouts) -> bool:
@@ -139,6 +141,8 @@ def can_pack(body, batch: Rollouts) -> bool:
         return False
     if not hasattr(body, "packs"):  # tried once per model
         body.packs = packed_equals_alone(body)
+        if not body.packs:
+            say(NOT_PACKED)
     if not body.packs:
         return False
     window = getattr(body.config.get_text_config(), "sliding_window", None)

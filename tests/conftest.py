@@ -17,6 +17,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+def pytest_configure(config):
+    """Hide the GPU, if there is one, unless the tests that are marked gpu are asked for, one after the other."""
+    config.on_gpu = config.getoption("markexpr") == "gpu"
+    if not config.on_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything has looked for a GPU
+    elif hasattr(config, "workerinput"):
+        pytest.exit("tests on a GPU need it for themselves: pytest -n 0 -m gpu", returncode=4)
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not config.on_gpu:
+            item.add_marker(pytest.mark.skip(reason="`pytest -n 0 -m gpu` runs it"))
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(policy, tokenizer) of the shipped tiny model. Tests that change its weights take a copy."""

@@ -19,6 +19,7 @@ import rewards
 from batch import Rollouts
 from benchmarks import gpu
 from logprobs import Policy
+from plumbing import memory
 from plumbing.fail import fail
 from plumbing.packing import packed_states
 
@@ -257,11 +258,11 @@ small = torch.nn.Linear(8, 8)  # what torch itself takes when it first computes
 small(torch.ones(1, 8)).sum().backward()
 torch.optim.AdamW(small.parameters(), fused=True).step()
 before = psutil.Process().memory_info().rss
-memory = gpu.Memory()
+peaks = gpu.Memory()
 model = AutoModelForCausalLM.from_config(c)
 update(model, torch.optim.AdamW(model.parameters(), fused=True))
-memory.mark("update")
-print((memory.phases["update"]["total"] * gpu.GB - before) / model.num_parameters())
+peaks.mark("update")
+print((peaks.phases["update"]["total"] * gpu.GB - before) / model.num_parameters())
 """
 
 
@@ -269,7 +270,7 @@ print((memory.phases["update"]["total"] * gpu.GB - before) / model.num_parameter
 def test_an_update_takes_as_many_bytes_per_parameter_as_the_formula_says():
     """60 M parameters and 8 tokens: next to nothing but weights, gradients and Adam. Within 10 %."""
     output = subprocess.run([sys.executable, "-c", UPDATE], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    expected = gpu.BYTES["weights"] + gpu.BYTES["adam"] + gpu.BYTES["gradients"]
+    expected = sum(memory.PER_WEIGHT[name] for name in ("weights", "adam", "gradients"))
     assert float(output) == pytest.approx(expected, rel=0.1)
 
 
@@ -301,8 +302,8 @@ def test_layers_keep_as_many_bytes_for_the_backward_pass_as_the_formula_says(lay
     tokens = 2 * 83  # the last token of a response needs no state
     bytes_per_token = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / tokens
     last_norm = 2 * 4 * c.hidden_size
-    assert bytes_per_token - last_norm == pytest.approx(gpu.activation_bytes(c), rel=0.025)
-    assert gpu.activation_bytes(c, checkpointing=True) < gpu.activation_bytes(c)
+    assert bytes_per_token - last_norm == pytest.approx(memory.activation_bytes(c), rel=0.025)
+    assert memory.activation_bytes(c, checkpointing=True) < memory.activation_bytes(c)
 
 
 def test_the_committed_page_is_fresh():
@@ -310,25 +311,36 @@ def test_the_committed_page_is_fresh():
     assert page == gpu.memory_page(), "python benchmarks/gpu.py --memory-table > docs/memory.md"
 
 
-def test_the_table_of_sizes_and_gpus():
-    rows = [line.strip("| ").split(" | ") for line in gpu.memory_table("hf").splitlines() if " | " in line][1:]
-    fits = {tuple(row[:3]): row[4:] for row in rows}  # model, beta, checkpointing -> a cell for each GPU
-    assert len(fits) == 16
-    for cells in fits.values():
-        assert len(cells) == 4
-        assert cells == sorted(cells, key=lambda cell: cell == "fits"), "what fits in a GPU fits in a larger one"
-    assert fits["135m", "0", "no"] == ["fits"] * 4
-    assert "fits" not in fits["7b", "0", "no"]
+def test_the_tables_of_sizes_and_gpus():
+    better = ["update", "rollout, update", "rollout", "checkpointing", "fits"]
+    for sampler in ("hf", "vllm"):
+        for method, flags in gpu.METHODS.items():
+            rows = gpu.memory_table(sampler, method, flags).splitlines()[2:]
+            assert len(rows) == 4 * (len(gpu.WAYS) if sampler == "vllm" else 2)
+            for row in rows:
+                size, way, *cells = row.strip("| ").split(" | ")
+                fits = [better.index(cell) >= 3 for cell in cells]
+                assert fits == sorted(fits), "what fits in a GPU fits in a larger one"
+                if size == "135m" and way == "one process" and method != "ppo.py":
+                    assert all(fits)
+                if size == "7b" and "shard" not in way:
+                    assert any(fits) == ("lora" in way)
 
 
-def test_what_a_reference_model_and_vllm_add_to_the_estimate():
+def test_what_a_reference_a_value_network_an_adapter_and_shards_change_in_the_estimate():
     c = gpu.model_config("0.5b")
-    plain = gpu.memory_gb(c, 0.0, "hf")
-    with_reference = gpu.memory_gb(c, 0.04, "hf")
-    assert with_reference["update"] - plain["update"] == pytest.approx(4 * 494_032_768 / gpu.GB, rel=1e-3)
-    vllm = gpu.memory_gb(c, 0.0, "vllm", gpu_gb=80)
-    assert 40 < vllm["rollout"] < 50
-    assert vllm["update"] == pytest.approx(plain["update"] + 2)
+    P = 494_032_768
+    plain = memory.phases(c, "hf", False)
+    assert memory.phases(c, "hf", True)["update"] - plain["update"] == pytest.approx(4 * P, rel=1e-3)
+    assert memory.phases(c, "hf", False, value=True)["update"] - plain["update"] == pytest.approx(16 * P, rel=1e-3)
+    adapter = memory.adapter_parameters(c, 32)
+    lora = memory.phases(c, "hf", True, lora_rank=32)
+    assert lora["update"] - plain["update"] == pytest.approx(2 * P + 16 * adapter - 18 * P, rel=1e-3)
+    half = memory.phases(c, "hf", False, shards=2)
+    gathered = 4 * (2 * memory.widths(c)[2] + c.vocab_size * c.hidden_size)
+    assert half["update"] - plain["update"] == pytest.approx(gathered - 8 * P, rel=1e-3)
+    vllm = memory.phases(c, "vllm", False)
+    assert vllm["update"] == plain["update"] + 2 * memory.GB
 
 
 # --- vLLM ---

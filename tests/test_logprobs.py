@@ -29,7 +29,7 @@ def naive(model, batch, temperature):
 @pytest.mark.parametrize("logits_at_once", [2**25, 40 * 106, 1])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_entropies_are_the_plain_ones(tiny, batch, monkeypatch, logits_at_once, temperature):
-    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", {"cpu": logits_at_once})
     batch = batch.select(torch.arange(10))
     policy = copy.deepcopy(tiny[0])
     weights = torch.rand(batch.response_mask.shape)
