@@ -213,8 +213,8 @@ def main(config: Config) -> None:
     task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
     check_levels(task.train, config)
 
-    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
-    parameters = list(policy.parameters())
+    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing, config.lora_rank)
+    parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rates = SuccessRates()
     train, test = encode_task(task, config, tokenizer, policy.positions)

@@ -6,6 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from batch import Rollouts, collate
+from plumbing import adapters
 from plumbing.fail import fail, first_line
 from plumbing.model_checks import check_folder, check_model, check_tokenizer, check_vocabulary, positions
 from plumbing.packing import can_pack, packed_states, use_packed_attention
@@ -23,35 +24,70 @@ class Policy(torch.nn.Module):
     """The policy pi, a language model; called with a batch of responses, it gives their log-probs.
 
     `model` is the language model as Transformers made it: the Hugging Face sampler calls it, vLLM takes its weights.
+    lora_rank: train an adapter of this rank instead of the weights; 0: the weights
     """
 
-    def __init__(self, model, gradient_checkpointing: bool = False):
+    def __init__(self, model, gradient_checkpointing: bool = False, lora_rank: int = 0):
         super().__init__()
         self.model = model
+        self.lora_rank = lora_rank
         self.eval()  # no dropout: sampler, old and current log-probs must be those of one function
         use_packed_attention(model)  # so that the update need not compute on padding
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora_rank:
+            adapters.add_adapter(model, adapters.POLICY, lora_rank)
 
     def forward(self, batch: Rollouts, temperature: float, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the response tokens, [B, T] each: see token_logprobs."""
+        self.activate()
         return token_logprobs(self.model, batch, temperature, dtype)
+
+    def activate(self) -> None:
+        """Let the model compute as the policy: with its adapter, where it has several, or none is in use."""
+        if self.lora_rank:
+            adapters.use(self.model, adapters.POLICY)
 
     @property
     def positions(self) -> int | None:
         """The most tokens that prompt and response may have together; None without a limit."""
         return positions(self.model)
 
-    def reference(self) -> "Policy":
-        """A frozen copy of the policy as it is now: called before training, pi_ref."""
-        reference = Policy(copy.deepcopy(self.model))
-        return reference.requires_grad_(False)
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that the optimizer changes: all, or the adapter."""
+        if self.lora_rank:
+            return list(adapters.adapter_weights(self.model, adapters.POLICY).values())
+        return list(self.parameters())
+
+    def weights(self):
+        """Yield (name, tensor) of the language model, adapter included, one at a time: for vLLM, and to be saved."""
+        yield from adapters.merged_weights(self.model)
+
+    def reference(self):
+        """The policy as it is now, frozen: called before training, pi_ref."""
+        if self.lora_rank:
+            return WithoutAdapter(self.model)
+        return Policy(copy.deepcopy(self.model)).requires_grad_(False)
 
 
-def load_policy(path: str, device: torch.device, gradient_checkpointing: bool = False):
-    """(policy, tokenizer) of a Hugging Face folder, or of a name on the Hub."""
+class WithoutAdapter:
+    """The policy before the training of its adapter, called like it: the same model, whose own weights are frozen."""
+
+    def __init__(self, model):
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, batch: Rollouts, temperature: float, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        adapters.use(self.model, None)
+        return token_logprobs(self.model, batch, temperature, dtype)
+
+
+def load_policy(path: str, device: torch.device, gradient_checkpointing: bool = False, lora_rank: int = 0):
+    """(policy, tokenizer) of a Hugging Face folder, or of a name on the Hub; of an adapter's folder it is merged."""
     model, tokenizer = load_model(path, device)
-    return Policy(model, gradient_checkpointing), tokenizer
+    if lora_rank and device.type == "cuda":
+        model.to(torch.bfloat16)  # frozen weights need no more
+    return Policy(model, gradient_checkpointing, lora_rank), tokenizer
 
 
 def load_model(path: str, device: torch.device):
@@ -62,12 +98,15 @@ def load_model(path: str, device: torch.device):
     from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: --help does not wait seconds for it
 
     quieten_transformers()
-    check_folder("--model", path)
+    check_folder("--model", path, adapter_too=True)
+    base = adapters.base_of(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            base, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
+        if base != path:
+            model = adapters.merge_folder(model, path)
     except Exception as error:  # of many types: no such model, no network, an unknown architecture, a broken file
         fail(f"--model {path} cannot be loaded ({type(error).__name__}): {first_line(error)}")
     missing = sorted(report["missing_keys"])
@@ -212,13 +251,21 @@ def batch_logprobs(policy: Policy, batch: Rollouts, temperature: float, budget: 
 class Value(torch.nn.Module):
     """The value network V: the body of a causal language model, and a linear head that gives one number per token."""
 
-    def __init__(self, body, head: torch.nn.Linear | None = None, gradient_checkpointing: bool = False):
-        """head: the trained head of a reward model or of another value network; without one V is 0 at first."""
+    def __init__(
+        self, body, head: torch.nn.Linear | None = None, gradient_checkpointing: bool = False, lora_rank: int = 0
+    ):
+        """
+        head: the trained head of a reward model or of another value network; without one V is 0 at first
+        lora_rank: train the head and an adapter of this rank, in a body that may be the policy's too; 0: everything
+        """
         super().__init__()
         self.body = body
+        self.lora_rank = lora_rank
         use_packed_attention(body)
         if gradient_checkpointing:
             body.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora_rank:
+            adapters.add_adapter(body, adapters.VALUE, lora_rank)
         self.head = torch.nn.Linear(body.config.get_text_config().hidden_size, 1)
         self.head.weight.data.zero_()
         self.head.bias.data.zero_()
@@ -230,8 +277,24 @@ class Value(torch.nn.Module):
 
     def forward(self, batch: Rollouts, dtype=torch.float32) -> torch.Tensor:
         """V_t of the response tokens, with gradient: [B, T], 0 off the mask. V_t is taken before token t."""
+        if self.lora_rank:
+            adapters.use(self.body, adapters.VALUE)
         V = self.head(response_states(self.body, batch)).squeeze(-1)  # [N]
         return on_mask(V.to(dtype), batch.response_mask)
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The parameters that the optimizer changes: all, or adapter and head."""
+        if self.lora_rank:
+            return [*adapters.adapter_weights(self.body, adapters.VALUE).values(), *self.head.parameters()]
+        return list(self.parameters())
+
+
+def make_value(config, policy: Policy, tokenizer) -> Value:
+    """The value network that --value-model names, or a copy of the policy; with --lora-rank, on the policy's body."""
+    device = policy.model.device
+    if config.lora_rank:
+        return Value(policy.model.base_model, None, config.gradient_checkpointing, config.lora_rank).to(device)
+    return load_value(config.value_model or config.model, device, tokenizer, config.gradient_checkpointing)
 
 
 def load_value(path: str, device: torch.device, tokenizer=None, gradient_checkpointing: bool = False) -> Value:

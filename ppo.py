@@ -42,7 +42,7 @@ from typing import Annotated
 import torch
 
 from data import draw, encode_task, read_task, stop_strings
-from logprobs import batch_logprobs, batch_values, explained_variance, load_policy, load_value
+from logprobs import batch_logprobs, batch_values, explained_variance, load_policy, make_value
 from plumbing.flags import AtLeast, RunConfig, parse
 from plumbing.processes import sum_gradients
 from plumbing.run import Run
@@ -163,12 +163,12 @@ def main(config: Config) -> None:
     check_sampler(config.sampler)
     task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
 
-    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
+    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing, config.lora_rank)
     reference = policy.reference() if config.beta else None
-    parameters = list(policy.parameters())
+    parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    value = load_value(config.value_model or config.model, accelerator.device, tokenizer, config.gradient_checkpointing)
-    value_parameters = list(value.parameters())
+    value = make_value(config, policy, tokenizer)
+    value_parameters = value.trained()
     optimizer.add_param_group({"params": value_parameters, "lr": config.value_lr})
     train, test = encode_task(task, config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)

@@ -103,9 +103,9 @@ def main(config: Config) -> None:
     check_sampler(config.sampler)
     task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
 
-    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
+    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing, config.lora_rank)
     reference = policy.reference() if config.beta else None
-    parameters = list(policy.parameters())
+    parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     train, test = encode_task(task, config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)

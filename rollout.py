@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from batch import Rollouts, collate, left_pad
+from plumbing.adapters import base_of
 from plumbing.fail import fail, first_line
 from plumbing.memory import PER_WEIGHT, cache_bytes, vllm_share
 
@@ -86,6 +87,7 @@ class HFSampler:
     """
 
     def __init__(self, config, policy, tokenizer, ends: set[int], stop: list[str], autocast):
+        self.policy = policy
         self.model = policy.model
         self.tokenizer = tokenizer
         self.ends = ends
@@ -153,6 +155,7 @@ class HFSampler:
         """
         from plumbing.cache import roomy_cache
 
+        self.policy.activate()
         max_new_tokens = max_new_tokens or self.max_new_tokens
         numbers = random_numbers(row_seeds, max_new_tokens).to(self.device)  # [B, T] one for each token
         cache = roomy_cache(self.model.config)
@@ -296,8 +299,9 @@ class VLLMSampler:
             memory = {"gpu_memory_utilization": gpu_share(policy.model, optimizer, rows, longest)}
         else:
             memory = {"kv_cache_memory_bytes": 2**30}
+        base = base_of(config.model)
         self.llm = LLM(
-            config.model,
+            base,
             dtype="bfloat16" if self.cuda else "float32",
             enforce_eager=not self.cuda,
             max_model_len=min(longest, policy.model.config.max_position_embeddings),
@@ -306,6 +310,8 @@ class VLLMSampler:
             enable_sleep_mode=self.cuda,
             **memory,
         )
+        if base != config.model:  # it is an adapter, which the policy has among its weights
+            self.load(policy)
         self.noise = self.gap()  # both sides have the same weights yet: this is what rounding does
 
     def push(self, policy) -> None:
@@ -315,9 +321,7 @@ class VLLMSampler:
         """
         torch.cuda.empty_cache()  # vLLM cannot wake in memory that torch merely keeps
         self.llm.wake_up(tags=["weights"])  # does nothing where it is awake
-        parameters = policy.model.state_dict().items()  # names a tied LM head too, of which vLLM may keep a copy
-        with no_weights_missing():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": parameters})
+        self.load(policy)
         self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():  # cached keys and values are those of the old weights
             raise RuntimeError("vLLM did not empty its prefix cache, so it would sample with keys of the old weights")
@@ -329,6 +333,12 @@ class VLLMSampler:
                 f"the pushed weights did not arrive in vLLM: log-probs differ by {gap:.2g} nats per token from the "
                 f"trainer's, at first by {self.noise:.2g}; use --sampler hf, or another vLLM"
             )
+
+    def load(self, policy) -> None:
+        """Put the policy's weights in the place of vLLM's."""
+        weights = policy.weights()  # names a tied LM head too, of which vLLM may keep a copy
+        with no_weights_missing():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
     def sleep(self) -> None:
         """Leave the GPU's memory to the update. Weights and cache go: the next push brings the weights back."""

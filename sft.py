@@ -69,10 +69,12 @@ def main(config: Config) -> None:
 
     if config.model == "scratch":
         model, tokenizer = new_model(config.seed)
-        policy = Policy(model.to(accelerator.device), config.gradient_checkpointing)
+        policy = Policy(model.to(accelerator.device), config.gradient_checkpointing, config.lora_rank)
     else:
-        policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
-    parameters = list(policy.parameters())
+        policy, tokenizer = load_policy(
+            config.model, accelerator.device, config.gradient_checkpointing, config.lora_rank
+        )
+    parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warmup = max(1, config.steps // 20)
 
@@ -89,7 +91,7 @@ def main(config: Config) -> None:
     check_positions(longest, policy.positions, "--max-response-tokens")
     _, test = encode_task(task, config, tokenizer, policy.positions)
     stop = stop_strings(tokenizer, config.template)
-    sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast)
+    sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast, optimizer)
     # With --resume these are given the state in which they were saved.
     run.start(tokenizer, pairs, policy=policy, optimizer=optimizer, schedule=schedule)
 

@@ -137,9 +137,9 @@ def main(config: Config) -> None:
     else:
         task = read_task(config)
 
-    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing)
+    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing, config.lora_rank)
     reference = Reference(policy.reference())
-    parameters = list(policy.parameters())
+    parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     test = []
     sampler = None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from plumbing.adapters import frozen_weights, save_adapter
 from plumbing.fail import fail
 
 FORMAT = 2  # of checkpoint.pt; another number cannot be resumed
@@ -21,7 +22,7 @@ def save_checkpoint(folder: Path, step: int, objects: dict, data: str) -> None:
 
     data: the fingerprint of the data
     """
-    state = {name: x.state_dict() for name, x in objects.items()}
+    state = {name: state_of(x) for name, x in objects.items()}
     torch.save({"format": FORMAT, "step": step, "data": data, **state}, folder / "checkpoint.tmp")
     (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
 
@@ -34,11 +35,41 @@ def load_checkpoint(folder: Path, objects: dict, data: str) -> int:
     if saved["data"] != data:
         fail(f"--resume {folder}: its data has changed since the run began; put it back, or start a new run")
     for name, x in objects.items():
-        x.load_state_dict(saved[name])
+        if getattr(x, "lora_rank", 0):
+            load_trained(folder, x, saved[name])
+        else:
+            x.load_state_dict(saved[name])
     return saved["step"]
 
 
-def save_model(folder: Path, model, tokenizer) -> None:
-    """Write a language model and its tokenizer as a Hugging Face folder."""
-    model.save_pretrained(folder / "model")
+def state_of(x) -> dict:
+    """What a checkpoint has of an object: its state; with LoRA what is trained, and a mark of what is frozen."""
+    if not getattr(x, "lora_rank", 0):
+        return x.state_dict()
+    trained = set(x.trained())
+    state = {name: p for name, p in x.named_parameters() if p in trained}
+    return {"trained": state, "frozen": frozen_sum(x)}
+
+
+def load_trained(folder: Path, x, state: dict) -> None:
+    """Give an object with LoRA what was trained. What is frozen came from --model, and must be what it was."""
+    if frozen_sum(x) != state["frozen"]:
+        fail(f"--resume {folder}: the weights of its --model have changed since; put them back, or start a new run")
+    x.load_state_dict(state["trained"], strict=False)
+
+
+def frozen_sum(x) -> float:
+    """A number that is another one for other frozen weights."""
+    return sum(p.double().abs().sum().item() for p in frozen_weights(x).values() if not p.requires_grad)
+
+
+def save_model(folder: Path, policy, tokenizer, base: str = "") -> None:
+    """Write a policy's language model and its tokenizer as a Hugging Face folder; with LoRA the adapter as well.
+
+    base: the name or folder of the model that the adapter is for
+    """
+    weights = {name: x.cpu() for name, x in policy.weights()}
+    policy.model.save_pretrained(folder / "model", state_dict=weights)
     tokenizer.save_pretrained(folder / "model")
+    if policy.lora_rank:
+        save_adapter(folder / "adapter", policy.model, policy.lora_rank, base)

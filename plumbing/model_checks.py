@@ -9,8 +9,8 @@ from plumbing.fail import fail, say
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def check_folder(flag: str, path: str) -> None:
-    """Refuse a folder that is there but is no model."""
+def check_folder(flag: str, path: str, adapter_too: bool = False) -> None:
+    """Refuse a folder that is there but is no model, nor an adapter where that is allowed."""
     folder = Path(path)
     if not folder.is_dir():
         return  # a name on the Hub, or nothing
@@ -21,6 +21,8 @@ def check_folder(flag: str, path: str) -> None:
     if (folder / "config.json").exists():
         return
     if (folder / "adapter_config.json").exists():
+        if adapter_too:
+            return
         fail(f"{flag} {path} is a LoRA adapter; merge it into its model first (peft's merge_and_unload)")
     fail(f"{flag} {path}: there is no config.json, so it is no model's folder")
 

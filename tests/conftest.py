@@ -22,8 +22,8 @@ def pytest_configure(config):
     config.on_gpu = config.getoption("markexpr") == "gpu"
     if not config.on_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything has looked for a GPU
-    elif hasattr(config, "workerinput"):
-        pytest.exit("tests on a GPU need it for themselves: pytest -n 0 -m gpu", returncode=4)
+    elif config.getoption("numprocesses"):
+        raise pytest.UsageError("tests on a GPU need it for themselves: pytest -n 0 -m gpu")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -128,7 +128,7 @@ def test_sampler_and_trainer_and_gradient_are_those_of_each_row_alone(tmp_path, 
     difference, whole = torch.tensor(squares).sum(0).sqrt()
     assert difference < 1e-4 * whole
 
-    save_model(tmp_path / "b", policy.model, tokenizer)
+    save_model(tmp_path / "b", policy, tokenizer)
     again, _ = load_policy(str(tmp_path / "b" / "model"), CPU)
     with torch.no_grad():
         assert torch.equal(again(batch, 1.0)[0], logp)
@@ -324,7 +324,7 @@ def test_transformers_29988_a_generation_config_that_cannot_be_saved_is_mended(t
     path = copy_of_tiny(tmp_path / "T", generation_config=lambda config: config.update(temperature=0.6, top_p=0.9))
     policy, tokenizer = load_policy(path, CPU)
     assert f"model: the generation_config of {path} contradicts itself; it was mended" in capsys.readouterr().out
-    save_model(tmp_path, policy.model, tokenizer)
+    save_model(tmp_path, policy, tokenizer)
     saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert saved["do_sample"] is True and (saved["temperature"], saved["top_p"]) == (0.6, 0.9)
     load_policy(str(tmp_path / "model"), CPU)
@@ -336,7 +336,7 @@ def test_a_generation_config_that_cannot_be_mended_keeps_its_end_tokens(tmp_path
     policy, tokenizer = load_policy(copy_of_tiny(tmp_path / "T", generation_config=lambda c: c.update(strange)), CPU)
     assert "mended" in capsys.readouterr().out
     assert end_tokens(policy.model, tokenizer) == {1, 9}
-    save_model(tmp_path, policy.model, tokenizer)
+    save_model(tmp_path, policy, tokenizer)
 
 
 def test_sampling_defaults_in_the_folder_change_no_sample(tmp_path, tiny, prompts):
@@ -527,7 +527,7 @@ def test_weights_that_are_not_there_are_not_made_up(tmp_path, tiny):
 def test_tied_weights_are_saved_once_and_loaded_tied(tmp_path, tiny):
     policy = copy.deepcopy(tiny[0])
     policy.model.get_input_embeddings().weight.data[9] += 1.0
-    save_model(tmp_path, policy.model, tiny[1])
+    save_model(tmp_path, policy, tiny[1])
     again, _ = load_policy(str(tmp_path / "model"), CPU)
     assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight
     assert torch.equal(again.model.get_output_embeddings().weight, policy.model.get_input_embeddings().weight)
