@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from plumbing.processes import most
+
 
 @dataclass
 class Rollouts:
@@ -22,7 +24,8 @@ class Rollouts:
     prompt_index: torch.Tensor  # [B] which prompt a row belongs to
     texts: list[str]  # B responses, decoded without end and padding tokens
     finish_reasons: list[str]  # B times "stop" (end token or stop string) or "length" (cut by the limit)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # "row" [B]; what objectives add, [B] or [B, T]
+    # per-response [B] or per-token [B, T]: "row" from collate, and what the scripts add (rewards, old_logp, ...)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         assert len(tensor) == len(self.texts), f"{name} has {len(tensor)} rows, the batch {len(self.texts)}"
@@ -81,16 +84,24 @@ class Rollouts:
         return [part.sort().values.to(self.input_ids.device) for part in parts]
 
     def microbatches(self, rows: torch.Tensor, budget: int, together: int = 1):
-        """Yield the rows in parts, batches of at most `budget` tokens, padding included; a longer row goes alone.
+        """Split the rows into batches of at most `budget` tokens, padding included, and yield them.
 
-        Rows of like length share a part, since each is padded to the longest one in it. With together=2 the rows
-        2i and 2i + 1, which are a pair, stay in one part.
+        A row longer than that is a batch of its own. Rows of like length share a batch, since each is padded to the
+        longest one in it. With together=2 the rows 2i and 2i + 1, which are a pair, stay in one batch.
         """
         units = rows.view(-1, together)  # [R, together] the rows of a unit stay together
+        parts = self.parts(units, budget)
+        for part in split(parts, most(len(parts))):
+            yield self.select(units[sorted(part)].flatten())  # sorted: neighbours share their prompt
+
+    def parts(self, units: torch.Tensor, budget: int) -> list[list[int]]:
+        """The numbers of R units [R, together], in parts of at most `budget` tokens; a longer unit goes alone."""
+        together = units.shape[1]
         prompt_lengths = self.prompt_lengths[units].amax(1).tolist()  # R numbers
         response_lengths = self.lengths[units].amax(1).tolist()  # R numbers
         longest_first = sorted(range(len(units)), key=lambda i: (response_lengths[i], i), reverse=True)
-        part = []  # units
+        parts = []
+        part = []
         prompt_width = 0
         response_width = 0
         for i in longest_first:
@@ -98,13 +109,25 @@ class Rollouts:
             response_width = max(response_width, response_lengths[i])
             tokens = (len(part) + 1) * together * (prompt_width + response_width)
             if part and tokens > budget:
-                yield self.select(units[sorted(part)].flatten())  # sorted: neighbours share their prompt
+                parts.append(part)
                 part = []
                 prompt_width = prompt_lengths[i]
                 response_width = response_lengths[i]
             part.append(i)
         if part:
-            yield self.select(units[sorted(part)].flatten())
+            parts.append(part)
+        return parts
+
+
+def split(parts: list[list], count: int) -> list[list]:
+    """The parts, the largest halved until there are `count` of them."""
+    parts = list(parts)
+    while len(parts) < count:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        part = parts[largest]
+        half = len(part) // 2
+        parts[largest : largest + 1] = [part[:half], part[half:]]
+    return parts
 
 
 def left_pad(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -228,6 +228,7 @@ def read_source(source: str) -> tuple[list[tuple[str, dict]], list[tuple[str, di
     if source.endswith((".jsonl", ".json")) or Path(source).exists():
         return read_rows(source), []
     name, _, config = source.partition(":")
+    say(f"loading {name} from the Hub ...")  # without a network it tries for minutes
     try:
         from datasets import load_dataset  # here, because the procedural tasks do without it
 
@@ -302,7 +303,10 @@ def pick_fields(row: dict, fields: tuple[str, ...], where: str) -> dict:
     for name in fields:
         present = [column for column in COLUMNS[name] if column in row]
         if not present:
-            fail(f'{where}: no "{name}"; accepted names: {", ".join(COLUMNS[name])}')
+            columns = f"{list(row)!r:.300}"
+            if len(row) == 1 and re.search("[;\t]", *row):
+                columns += " (is it separated by commas?)"
+            fail(f'{where}: no "{name}"; accepted names: {", ".join(COLUMNS[name])}; the file\'s columns: {columns}')
         column = present[0]
         value = row[column]
         if type(value) in (int, float) and math.isfinite(value):  # type: a bool is no number here

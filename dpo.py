@@ -41,11 +41,11 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from data import draw, encode_task, read_task, stop_strings
-from logprobs import batch_logprobs, load_policy
+from logprobs import batch_logprobs, make_policy
 from pairs import Reference, encode_pairs, pair_batch, read_pairs, sample_pairs
 from plumbing.fail import fail
 from plumbing.flags import AtLeast, RunConfig, parse, refuse_changed
-from plumbing.processes import gather, sum_gradients
+from plumbing.processes import clip_gradients, gather, sum_gradients
 from plumbing.run import Run
 from rollout import check_sampler, make_sampler
 
@@ -147,7 +147,7 @@ def main(config: Config) -> None:
     else:
         task = read_task(config)
 
-    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing, config.lora_rank)
+    policy, tokenizer = make_policy(config, accelerator.device)
     reference = Reference(policy.reference())
     parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -215,7 +215,7 @@ def main(config: Config) -> None:
             accelerator.backward(loss)
             run.collect(micro.response_mask, loss, **stats)
         sum_gradients(accelerator, parameters)
-        grad_norm = accelerator.clip_grad_norm_(parameters, 1.0).item()
+        grad_norm = clip_gradients(accelerator, parameters, 1.0)
         run.check_update(batch, grad_norm)  # ends the run if these are not finite
         optimizer.step()
         optimizer.zero_grad()

@@ -30,9 +30,9 @@ from typing import Annotated
 import torch
 
 from data import draw, encode_task, read_task, stop_strings
-from logprobs import batch_logprobs, load_policy
+from logprobs import batch_logprobs, make_policy
 from plumbing.flags import AtLeast, RunConfig, parse
-from plumbing.processes import sum_gradients
+from plumbing.processes import clip_gradients, sum_gradients
 from plumbing.run import Run
 from rewards import parse_weights, score, weighted_sum
 from rollout import check_sampler, make_sampler
@@ -122,7 +122,7 @@ def main(config: Config) -> None:
     check_sampler(config.sampler)
     task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
 
-    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing, config.lora_rank)
+    policy, tokenizer = make_policy(config, accelerator.device)
     reference = policy.reference() if config.beta else None
     parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -164,7 +164,7 @@ def main(config: Config) -> None:
         grad_norms = []
         for epoch in range(config.epochs):
             for rows in batch.minibatch_rows(config.minibatches, seed, epoch):
-                if not reference:  # without KL, a response without advantage has no gradient
+                if not reference and not config.shard:  # without KL, a response without advantage has no gradient
                     rows = rows[batch["advantages"][rows] != 0]
                 for micro in batch.microbatches(rows, config.tokens_per_microbatch):
                     with accelerator.autocast():
@@ -182,7 +182,7 @@ def main(config: Config) -> None:
                     accelerator.backward(loss)
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
-                grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0).item())
+                grad_norms.append(clip_gradients(accelerator, parameters, 1.0))
                 run.check_update(batch, grad_norms[-1])  # ends the run if these are not finite
                 optimizer.step()  # does nothing where there is no gradient: no KL and no informative group
                 optimizer.zero_grad()

@@ -45,10 +45,10 @@ from typing import Annotated
 import torch
 
 from data import draw, encode_task, read_task, stop_strings
-from logprobs import batch_logprobs, load_policy
+from logprobs import batch_logprobs, make_policy
 from plumbing.fail import fail
 from plumbing.flags import AtLeast, RunConfig, parse
-from plumbing.processes import gather, sum_gradients
+from plumbing.processes import clip_gradients, gather, sum_gradients
 from plumbing.run import Run
 from rewards import parse_weights, score, weighted_sum
 from rollout import check_sampler, make_sampler
@@ -213,7 +213,7 @@ def main(config: Config) -> None:
     task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
     check_levels(task.train, config)
 
-    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing, config.lora_rank)
+    policy, tokenizer = make_policy(config, accelerator.device)
     parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rates = SuccessRates()
@@ -273,7 +273,7 @@ def main(config: Config) -> None:
                     accelerator.backward(loss)
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
-                grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0).item())
+                grad_norms.append(clip_gradients(accelerator, parameters, 1.0))
                 run.check_update(batch, grad_norms[-1])  # ends the run if these are not finite
                 optimizer.step()  # does nothing where there is no gradient: pi is pi_i and no informative group
                 optimizer.zero_grad()

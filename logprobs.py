@@ -10,6 +10,7 @@ from plumbing import adapters
 from plumbing.fail import fail, first_line
 from plumbing.model_checks import check_folder, check_model, check_tokenizer, check_vocabulary, positions
 from plumbing.packing import can_pack, packed_states, use_packed_attention
+from plumbing.processes import shard
 
 PROBE = torch.tensor([[1, 2, 3]])  # any tokens do, to compare two ways of computing the same
 # The most logits in memory at once, whatever B, T and the vocabulary: 128 MiB in float32, and 1 GiB on a GPU, where
@@ -31,6 +32,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = model
         self.lora_rank = lora_rank
+        self.load_again = None  # where it is sharded: how to get the whole policy once more
         self.eval()  # no dropout: sampler, old and current log-probs must be those of one function
         use_packed_attention(model)  # so that the update need not compute on padding
         if gradient_checkpointing:
@@ -38,9 +40,12 @@ class Policy(torch.nn.Module):
         if lora_rank:
             adapters.add_adapter(model, adapters.POLICY, lora_rank)
 
-    def forward(self, batch: Rollouts, temperature: float, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies of the response tokens, [B, T] each: see token_logprobs."""
-        self.activate()
+    def forward(
+        self, batch: Rollouts, temperature: float, dtype=torch.float32, adapter: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the response tokens, [B, T] each: see token_logprobs. adapter: or without it"""
+        if self.lora_rank:
+            adapters.use(self.model, adapters.POLICY if adapter else None)
         return token_logprobs(self.model, batch, temperature, dtype)
 
     def activate(self) -> None:
@@ -66,27 +71,48 @@ class Policy(torch.nn.Module):
     def reference(self):
         """The policy as it is now, frozen: called before training, pi_ref."""
         if self.lora_rank:
-            return WithoutAdapter(self.model)
+            return WithoutAdapter(self)
+        if self.load_again:  # shards cannot be copied
+            return shard(self.load_again().requires_grad_(False))
         return Policy(copy.deepcopy(self.model)).requires_grad_(False)
 
 
 class WithoutAdapter:
     """The policy before the training of its adapter, called like it: the same model, whose own weights are frozen."""
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, policy: Policy):
+        self.policy = policy
 
     @torch.no_grad()
     def __call__(self, batch: Rollouts, temperature: float, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        adapters.use(self.model, None)
-        return token_logprobs(self.model, batch, temperature, dtype)
+        return self.policy(batch, temperature, dtype, adapter=False)
 
 
-def load_policy(path: str, device: torch.device, gradient_checkpointing: bool = False, lora_rank: int = 0):
-    """(policy, tokenizer) of a Hugging Face folder, or of a name on the Hub; of an adapter's folder it is merged."""
+def make_policy(config, device: torch.device):
+    """(policy, tokenizer) as the flags say; with --shard spread over the processes."""
+    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if not config.shard:
+        return load_policy(config.model, device, config.gradient_checkpointing, config.lora_rank, frozen)
+    cpu = torch.device("cpu")  # until a layer is sharded it does not take the GPU's memory
+    policy, tokenizer = load_policy(config.model, cpu, config.gradient_checkpointing, config.lora_rank, frozen)
+    policy.load_again = lambda: load_policy(config.model, cpu)[0]
+    return shard(policy), tokenizer
+
+
+def load_policy(
+    path: str,
+    device: torch.device,
+    gradient_checkpointing: bool = False,
+    lora_rank: int = 0,
+    frozen_dtype: torch.dtype = torch.float32,
+):
+    """(policy, tokenizer) of a Hugging Face folder, or of a name on the Hub; of an adapter's folder it is merged.
+
+    frozen_dtype: with LoRA, of the weights that are not trained, which need no more than bf16
+    """
     model, tokenizer = load_model(path, device)
-    if lora_rank and device.type == "cuda":
-        model.to(torch.bfloat16)  # frozen weights need no more
+    if lora_rank:
+        model.to(frozen_dtype)
     return Policy(model, gradient_checkpointing, lora_rank), tokenizer
 
 
@@ -292,9 +318,13 @@ class Value(torch.nn.Module):
 def make_value(config, policy: Policy, tokenizer) -> Value:
     """The value network that --value-model names, or a copy of the policy; with --lora-rank, on the policy's body."""
     device = policy.model.device
+    checkpointing = config.gradient_checkpointing
     if config.lora_rank:
-        return Value(policy.model.base_model, None, config.gradient_checkpointing, config.lora_rank).to(device)
-    return load_value(config.value_model or config.model, device, tokenizer, config.gradient_checkpointing)
+        return Value(policy.model.base_model, None, checkpointing, config.lora_rank).to(device)
+    path = config.value_model or config.model
+    if config.shard:
+        return shard(load_value(path, torch.device("cpu"), tokenizer, checkpointing))
+    return load_value(path, device, tokenizer, checkpointing)
 
 
 def load_value(path: str, device: torch.device, tokenizer=None, gradient_checkpointing: bool = False) -> Value:

@@ -28,7 +28,7 @@ from data import (
 )
 from logprobs import batch_logprobs
 from plumbing.fail import fail, say
-from plumbing.processes import gather
+from plumbing.processes import gather, most
 from rewards import score
 
 RESPONSES = ("chosen", "rejected")
@@ -288,7 +288,8 @@ class Reference:
         for pair in pairs:
             if ids_of(pair) not in self.kept:
                 new[ids_of(pair)] = pair
-        if new:
+        if most(len(new)):
+            new = new or {ids_of(pairs[0]): pairs[0]}  # a pass that other processes need
             batch = pair_batch(list(new.values()), tokenizer, device)
             logp = batch_logprobs(self.policy, batch, config.temperature, config.tokens_per_microbatch)  # [2n, T]
             rows = [row[:length].clone() for row, length in zip(logp.cpu(), batch.lengths.tolist(), strict=True)]

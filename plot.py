@@ -27,7 +27,7 @@ class Panel(NamedTuple):
 
 PANELS = [
     Panel("Held-out accuracy", "share",
-          {"eval_pass@1": "one try", "eval_pass@8": "any of 8", "eval_accuracy": "greedy"}),
+          {"eval_pass@1": "one sample", "eval_pass@8": "any of 8", "eval_accuracy": "greedy"}),
     Panel("Reward in training", "mean reward", {"reward": "reward"}),
     Panel("Response length", "tokens",
           {"response_length": "all answers", "response_length_right": "right", "response_length_wrong": "wrong"}),
@@ -182,9 +182,9 @@ def choose_panels(names: list[str], wanted: list[str]) -> list[Panel]:
         missing = [name for name in wanted if name not in names]
         if missing:
             fail(f"--metrics {missing[0]}: no run has it; there are {', '.join(sorted(names))}")
-        return [Panel(name, "value", {name: name}) for name in wanted]
+        return [panel_of(name) for name in wanted]
     rewards = [name for name in names if name.startswith("eval_reward/")]  # named on the command line, so wanted
-    panels = [Panel(name, "value", {name: name}) for name in rewards]
+    panels = [panel_of(name) for name in rewards]
     known = {*WITHOUT_PANEL, *rewards}
     for panel in PANELS:
         known.update(panel.legends)
@@ -192,8 +192,16 @@ def choose_panels(names: list[str], wanted: list[str]) -> list[Panel]:
             panels.append(panel)
     for name in names:
         if name not in known:
-            panels.append(Panel(name, "value", {name: name}))
+            panels.append(panel_of(name))
     return panels[:MOST_PANELS]
+
+
+def panel_of(metric: str) -> Panel:
+    """A panel of this metric alone."""
+    if metric.startswith("eval_reward/"):
+        name = metric.removeprefix("eval_reward/")
+        return Panel(f"{name} (held out)", "mean reward", {metric: name})
+    return Panel(metric, "value", {metric: metric})
 
 
 def draw_panel(ax: "Axes", panel: Panel, found: dict[str, list[dict]], names: list[str], neighbours: int) -> None:
@@ -283,19 +291,21 @@ def save(folders: list[Path], out: Path, wanted: list[str] | None = None) -> Non
     figure(folders, wanted).savefig(out, dpi=90)
 
 
-def draw(folders: tyro.conf.Positional[list[Path]], metrics: str = "", out: Path = Path("curves.png")) -> None:
+def draw(
+    folders: tyro.conf.Positional[list[Path]], metrics: tuple[str, ...] = (), out: Path = Path("curves.png")
+) -> None:
     """Draw runs over each other; those that differ only in seed, out, resume or track become a mean and a band.
 
     Args:
         folders: Folders of runs, such as runs/grpo runs/rloo. A single run is drawn in more detail.
-        metrics: Names of metrics.jsonl with commas between them, to draw these only.
+        metrics: Names of metrics.jsonl, with spaces or commas between them, to draw these only.
         out: The picture to write; its ending gives the format: .png, .pdf or .svg.
     """
     if not folders:
-        fail("usage: python plot.py runs/a [runs/b ...] [--metrics a,b] [--out curves.png]")
+        fail("usage: python plot.py runs/a [runs/b ...] [--metrics a b] [--out curves.png]")
     if out.suffix not in (".png", ".pdf", ".svg") or not out.parent.is_dir():
         fail(f"--out {out}: must end in .png, .pdf or .svg and lie in a folder that exists")
-    wanted = [name for name in metrics.split(",") if name]
+    wanted = [name for name in ",".join(metrics).split(",") if name]
     save(folders, out, wanted)
     print("\n".join(final_values(folders, wanted)))
 

@@ -42,9 +42,9 @@ from typing import Annotated
 import torch
 
 from data import draw, encode_task, read_task, stop_strings
-from logprobs import batch_logprobs, batch_values, explained_variance, load_policy, make_value
+from logprobs import batch_logprobs, batch_values, explained_variance, make_policy, make_value
 from plumbing.flags import AtLeast, RunConfig, parse
-from plumbing.processes import sum_gradients
+from plumbing.processes import clip_gradients, sum_gradients
 from plumbing.run import Run
 from rewards import parse_weights, score, weighted_sum
 from rollout import check_sampler, make_sampler
@@ -163,7 +163,7 @@ def main(config: Config) -> None:
     check_sampler(config.sampler)
     task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
 
-    policy, tokenizer = load_policy(config.model, accelerator.device, config.gradient_checkpointing, config.lora_rank)
+    policy, tokenizer = make_policy(config, accelerator.device)
     reference = policy.reference() if config.beta else None
     parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -245,8 +245,8 @@ def main(config: Config) -> None:
                 sum_gradients(accelerator, parameters)
                 sum_gradients(accelerator, value_parameters)
                 # Clipped apart: V's errors do not shorten the policy's step.
-                value_grad_norms.append(accelerator.clip_grad_norm_(value_parameters, 1.0).item())
-                grad_norms.append(accelerator.clip_grad_norm_(parameters, 1.0).item())
+                value_grad_norms.append(clip_gradients(accelerator, value_parameters, 1.0))
+                grad_norms.append(clip_gradients(accelerator, parameters, 1.0))
                 run.check_update(batch, grad_norms[-1], value_grad_norms[-1])  # ends the run if these are not finite
                 optimizer.step()  # does nothing where there is no gradient: to the policy, in the warm-up of V
                 optimizer.zero_grad()

@@ -3,11 +3,11 @@
 A reward is a function `(response, example) -> float`, registered under its own name:
 
     @reward
-    def short(response, example):
+    def brief(response, example):
         return 1.0 if len(response) < 200 else 0.0
 
-Write one like it in this file and name it on the command line: `accuracy=1 short=0.1`; with weight 0 it is logged and
-not rewarded. It may have two more arguments, by these names: `tokens`, the ids of the response, and `finish_reason`,
+Write one like it in this file and name it on the command line: `accuracy=1 brief=0.1`; with weight 0 it is only
+logged. It may have two more arguments, by these names: `tokens`, the ids of the response, and `finish_reason`,
 "stop" or "length". A learned reward model is named by its folder or its name on the Hub:
 `accuracy=0 path/to/reward_model=1`.
 
@@ -18,17 +18,23 @@ A response whose answer cannot be checked gets 0, and is counted in the metric `
 
 import inspect
 import math
+import sys
+from difflib import get_close_matches
 from statistics import fmean, stdev
 
-from plumbing.fail import fail, first_line
+from plumbing.fail import UserError, fail, first_line
 from verifiers import TAGS, Unchecked, final_answers, is_right
 
 REWARDS = {}
+BY_NAME = ("tokens", "finish_reason")  # what a reward gets, besides response and example, if it has such an argument
 
 
 def reward(function):
-    """Register `function` as a reward under its own name."""
-    REWARDS[function.__name__] = function
+    """Register `function` as a reward under its own name. Ends the run (SystemExit) if there is one of that name."""
+    name = function.__name__
+    if name in REWARDS:
+        fail(f"rewards.py: there already is a reward {name!r}; give yours another name")
+    REWARDS[name] = function
     return function
 
 
@@ -36,16 +42,22 @@ def parse_weights(specs) -> dict[str, float]:
     """("accuracy=1", "format=0.2") -> {"accuracy": 1.0, "format": 0.2}. A bare name has weight 1.
 
     A name with a / in it that is not registered is loaded as a reward model and registered. Ends the run (SystemExit)
-    if a name is unknown or named twice, a weight is no finite number, or there is no name at all.
+    if a name is unknown or named twice, a weight is no finite number, a reward has arguments that there are not, or
+    there is no name at all.
     """
     weights = {}
     known = ", ".join(sorted(REWARDS))
     for spec in specs:
         name, equals, text = spec.partition("=")
+        commas = "; separate rewards by spaces" if "," in spec else ""
         if "/" in name and name not in REWARDS:
             REWARDS[name] = RewardModel(name)
         if name not in REWARDS:
-            fail(f"unknown reward {name!r}; choose from: {known}, or the path of a reward model, with a / in it")
+            meant = "".join(f" (did you mean {close!r}?)" for close in get_close_matches(name, REWARDS, n=1))
+            fail(
+                f"unknown reward {name!r}{meant}{commas}; choose from: {known}, or the path of a reward model, with a "
+                "/ in it; a new one is a function in rewards.py with @reward on the line above it"
+            )
         if name in weights:
             fail(f"reward {name!r} is named twice; name each one once, out of: {known}")
         weight = 1.0
@@ -55,11 +67,25 @@ def parse_weights(specs) -> dict[str, float]:
             except ValueError:
                 weight = math.nan
         if not math.isfinite(weight):
-            fail(f"bad weight in {spec!r}; write a number, as in {name}=0.5 (rewards: {known})")
+            fail(f"bad weight in {spec!r}; write a number, as in {name}=0.5 (rewards: {known}){commas}")
+        check_arguments(name)
         weights[name] = weight
     if not weights:
         fail(f"no reward named; choose one or more of: {known}")
     return weights
+
+
+def check_arguments(name: str) -> None:
+    """End the run if a reward cannot be called with what there is."""
+    rule = f"it may have (response, example) and, by these names, {' and '.join(BY_NAME)}"
+    signature = inspect.signature(REWARDS[name])
+    given = {key: None for key in BY_NAME if key in signature.parameters}
+    try:
+        signature.bind("response", "example", **given)
+    except TypeError as error:
+        unknown = [key for key in list(signature.parameters)[2:] if key not in BY_NAME]
+        wrong = f"unknown argument {unknown[0]!r}" if unknown else str(error)
+        fail(f"reward {name!r}: {wrong}; {rule}")
 
 
 class Scores(dict):
@@ -71,9 +97,10 @@ class Scores(dict):
 def score(batch, examples: list[dict], names) -> Scores:
     """B values per named reward of a batch of responses, in their order. "accuracy" is always among them.
 
-    batch: Rollouts; what is read of it are texts, response_ids, lengths and finish_reasons
+    batch: Rollouts; only texts, response_ids, lengths and finish_reasons are used
     A reward that needs to know whether an answer is right is 0 where that could not be checked.
-    ValueError if there is not one example per response; RuntimeError if a reward raises or returns no finite number.
+    ValueError if there is not one example per response; RuntimeError if a reward raises; ends the run (SystemExit) if
+    one returns no finite number.
     """
     lengths = batch.lengths.tolist()
     tokens = [ids[:length] for ids, length in zip(batch.response_ids.tolist(), lengths, strict=True)]
@@ -103,19 +130,25 @@ def weighted_sum(scores: dict[str, list[float]], weights: dict[str, float]) -> l
 def score_one(name: str, response: str, example: dict, **more) -> float:
     """One value of one reward. An error in a reward is a bug to fix, not a score of 0, so it stops the run.
 
-    more: what the reward gets if it has an argument of that name
+    more: what the reward gets if it has an argument of that name, one of BY_NAME
     """
     function = REWARDS[name]
     wanted = inspect.signature(function).parameters
     try:
-        value = float(function(response, example, **{key: x for key, x in more.items() if key in wanted}))
-        if not math.isfinite(value):
-            raise ValueError(f"returned {value}")
+        value = function(response, example, **{key: x for key, x in more.items() if key in wanted})
     except Unchecked:
         raise
     except Exception as error:
         raise RuntimeError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
-    return value
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except Exception:  # None, a list, a tensor of two numbers: of many types
+        number = math.nan
+    if not math.isfinite(number):
+        message = f"reward {name!r} returned {value!r:.40}; return a number on every path"
+        print(message, file=sys.stderr)  # from whichever process it is; fail() is silent in all but the first
+        raise UserError(message)
+    return number
 
 
 def has_answer(response: str, example: dict) -> bool:

@@ -18,20 +18,18 @@ from batch import Rollouts, collate, left_pad
 from plumbing.adapters import base_of
 from plumbing.fail import fail, first_line
 from plumbing.memory import PER_WEIGHT, cache_bytes, vllm_share
+from plumbing.processes import own_part
 
 
 def check_sampler(name: str) -> str:
     """What --sampler means here, "hf" or "vllm". Where vLLM cannot run it ends the run, before any model is loaded."""
     installed = importlib.util.find_spec("vllm") is not None
-    several_processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if name == "hf":
         return "hf"
-    if name == "auto" and (several_processes or not installed or not torch.cuda.is_available()):
+    if name == "auto" and (not installed or not torch.cuda.is_available()):
         return "hf"
     if not installed:
         fail("--sampler vllm: vLLM is not installed: pip install '.[vllm]'; or use --sampler hf")
-    if several_processes:
-        fail("--sampler vllm: vLLM runs in one process; or use --sampler hf")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: weights are handed over, not serialised
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # or it fills the screen; read at its first import
     from vllm.platforms import current_platform
@@ -273,6 +271,8 @@ def sample_tokens(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> 
 
 # --- vLLM ---
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
 
 class VLLMSampler:
     """Samples with vLLM in this process. The trained weights are pushed into it after every update, and checked.
@@ -300,6 +300,8 @@ class VLLMSampler:
         else:
             memory = {"kv_cache_memory_bytes": 2**30}
         base = base_of(config.model)
+        if PROCESSES > 1:  # each has an engine of its own, in the process group that is there
+            memory["distributed_executor_backend"] = "external_launcher"
         self.llm = LLM(
             base,
             dtype="bfloat16" if self.cuda else "float32",
@@ -402,7 +404,7 @@ def rows_at_once(config) -> int:
         responses = config.prompts_per_step * config.group_size
     else:
         responses = config.eval_prompts * config.eval_samples
-    return min(512, responses)
+    return min(512, max(1, responses // PROCESSES))
 
 
 def gpu_share(model, optimizer, rows: int, row_tokens: int) -> float:
@@ -410,7 +412,7 @@ def gpu_share(model, optimizer, rows: int, row_tokens: int) -> float:
     total = torch.cuda.get_device_properties(model.device).total_memory
     trained = 0
     for group in optimizer.param_groups if optimizer else []:
-        trained += sum(p.numel() for p in group["params"])
+        trained += sum(own_part(p).numel() for p in group["params"])
     trainer = torch.cuda.memory_allocated(model.device) + PER_WEIGHT["adam"] * trained
     text_config = model.config.get_text_config()
     return vllm_share(total, trainer, model.num_parameters(), cache_bytes(text_config), rows, row_tokens)

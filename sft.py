@@ -20,11 +20,11 @@ from typing import Literal
 import torch
 
 from data import check_positions, draw, encode_task, read_task, stop_strings
-from logprobs import Policy, batch_logprobs, load_policy
+from logprobs import Policy, batch_logprobs, make_policy
 from pairs import demonstration_batch, encode_demonstrations, load_demonstrations, tokens_together
 from plumbing.fail import fail
 from plumbing.flags import RunConfig, parse
-from plumbing.processes import sum_gradients
+from plumbing.processes import clip_gradients, sum_gradients
 from plumbing.run import Run
 from rollout import check_sampler, make_sampler
 from tiny.make import demonstrations, new_model
@@ -71,9 +71,7 @@ def main(config: Config) -> None:
         model, tokenizer = new_model(config.seed)
         policy = Policy(model.to(accelerator.device), config.gradient_checkpointing, config.lora_rank)
     else:
-        policy, tokenizer = load_policy(
-            config.model, accelerator.device, config.gradient_checkpointing, config.lora_rank
-        )
+        policy, tokenizer = make_policy(config, accelerator.device)
     parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warmup = max(1, config.steps // 20)
@@ -125,7 +123,7 @@ def main(config: Config) -> None:
             accelerator.backward(loss)
             run.collect(micro.response_mask, loss, entropy=entropy)
         sum_gradients(accelerator, parameters)
-        grad_norm = accelerator.clip_grad_norm_(parameters, 1.0).item()
+        grad_norm = clip_gradients(accelerator, parameters, 1.0)
         run.check_update(batch, grad_norm)  # ends the run if these are not finite
         optimizer.step()
         optimizer.zero_grad()

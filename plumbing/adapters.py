@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from plumbing.processes import whole
+
 POLICY = "policy"  # the adapter of the policy
 VALUE = "value"  # that of PPO's value network, in the same model
 
@@ -68,31 +70,37 @@ def use(model, name: str | None) -> None:
 
 
 def merged_weights(model, name: str = POLICY):
-    """Yield (name, tensor) of the weights as a model without adapters has them, one tensor at a time."""
+    """Yield (name, tensor) of the weights as a model without adapters or shards has them, one tensor at a time.
+
+    All processes have to take all of them, if the model is sharded.
+    """
     layers = adapted_layers(model)
     for key, x in model.state_dict().items():
+        x = whole(x)
         path, inside, rest = key.partition(".base_layer.")
         if not inside:
             if ".lora_" not in key:
                 yield key, x
         elif rest == "weight":
-            delta = layers[path].get_delta_weight(name)
+            delta = whole(layers[path].get_delta_weight(name))
             yield f"{path}.{rest}", (x.to(delta.dtype) + delta).to(x.dtype)
         else:  # a bias
             yield f"{path}.{rest}", x
 
 
-def save_adapter(folder: Path, model, rank: int, base: str) -> None:
-    """Write the policy's adapter as peft does, for a model with the name or folder `base`."""
+def save_adapter(folder: Path, model, rank: int, base: str, main: bool = True) -> None:
+    """Write the policy's adapter as peft does, for a model with the name or folder `base`; main: as in save_model."""
     from safetensors.torch import save_file
 
+    state = {}
+    for path, x in adapter_weights(model, POLICY).items():
+        state["base_model.model." + path.replace(f".{POLICY}.", ".")] = whole(x.detach()).cpu().contiguous()
+    if not main:
+        return
     folder.mkdir(exist_ok=True)
     config = lora_config(model, rank)
     config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
     config.save_pretrained(folder)
-    state = {}
-    for path, x in adapter_weights(model, POLICY).items():
-        state["base_model.model." + path.replace(f".{POLICY}.", ".")] = x.detach().cpu().contiguous()
     save_file(state, folder / "adapter_model.safetensors")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,14 @@ class RunConfig:
     max_prompt_tokens: int = 512  # longer prompts are left out, tokens
     sampler_tokens: int = 65536  # most tokens in the Hugging Face sampler's cache, at least one group; memory only
     tokens_per_microbatch: int = 2048  # tokens in one forward and backward pass; memory only, not the result
+    lora_rank: int = 0  # train a LoRA adapter of this rank, and with it a learning rate 10 times as large; 0: no LoRA
+    shard: bool = False  # spread weights, gradients and Adam's state over several processes; with --sampler vllm
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, more time
     eval_every: int = 20  # steps between evaluations; 0: only before and after
     eval_prompts: int = 128  # held-out questions per evaluation
     eval_samples: int = 8  # k: responses to each of them, besides the greedy one
     save_every: int = 50  # steps between checkpoints; 0: only at the end
-    seed: int = 0  # of prompts, samples and minibatches
+    seed: int = 0  # random seed of prompts, samples and minibatches
     out: str = ""  # folder of the run; empty: runs/<script>-<time>
     resume: str = ""  # folder of an interrupted run to continue exactly
     track: Literal["", "wandb", "tensorboard", "trackio"] = ""  # also log to this tracker
@@ -80,7 +83,7 @@ def own_flags_first(config_class) -> None:
 
 def read_config(config_class, folder: Path):
     """The saved configuration of the run to resume."""
-    if not (folder / "checkpoint.pt").exists():
+    if not any(folder.glob("checkpoint*/rest.pt")) and not (folder / "checkpoint.pt").exists():
         fail(f"--resume {folder}: no checkpoint.pt is there to go on from; start a new run")
     saved = json.loads((folder / "config.json").read_text())
     if saved.pop("script") != Path(sys.argv[0]).stem:
@@ -103,11 +106,44 @@ def check_config(config, processes: int) -> None:
         low = minimum(field, processes)
         if isinstance(value, int | float) and not value >= low:  # written so that nan fails too
             fail(f"{flag(field.name)} {value}: it must be at least {low}")
+    if config.lora_rank and getattr(config, "value_model", ""):
+        fail("--value-model: with --lora-rank the value network is an adapter in the policy's body; leave one out")
+    if config.shard:
+        check_shards(config, processes)
     if not hasattr(config, "minibatches"):
         return
-    responses = config.prompts_per_step * config.group_size
-    if config.prompts_per_step % processes or responses % (processes * config.minibatches):
-        fail("--prompts-per-step: give every process and every minibatch the same number of responses")
+    prompts = config.prompts_per_step
+    if prompts % processes:
+        fail(f"--prompts-per-step {prompts}: cannot be divided evenly among {processes} processes; change it")
+    responses = prompts * config.group_size
+    if responses % (processes * config.minibatches):
+        fail(
+            f"--minibatches {config.minibatches}: {count(prompts, 'prompt')} x {count(config.group_size, 'response')} "
+            f"= {responses} cannot be divided evenly among {count(processes, 'process')} x {config.minibatches} "
+            "minibatches; change --minibatches, --prompts-per-step or --group-size"
+        )
+
+
+def check_shards(config, processes: int) -> None:
+    """End the run if its models cannot be sharded: all processes have to make the same passes through them."""
+    if config.sampler == "hf":
+        fail("--shard: the Hugging Face sampler needs the whole model in every process; use --sampler vllm")
+    if config.lora_rank and hasattr(config, "value_model"):
+        fail("--shard: not together with --lora-rank in PPO, whose two adapters have one body; leave one out")
+    if "RANK" not in os.environ:
+        fail("--shard: start it as torchrun --nproc_per_node 4 SCRIPT.py ..., with as many processes as GPUs")
+    if config.eval_prompts % processes:
+        fail(f"--shard: --eval-prompts {config.eval_prompts} cannot be divided evenly among {processes} processes")
+    pairs = getattr(config, "pairs_per_step", processes)
+    if pairs % processes:
+        fail(f"--shard: --pairs-per-step {pairs} cannot be divided evenly among {processes} processes")
+
+
+def count(n: int, noun: str) -> str:
+    """A number with its noun: 1 process, 2 processes, 3 prompts."""
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n} {noun}es" if noun.endswith("s") else f"{n} {noun}s"
 
 
 def minimum(field: dataclasses.Field, processes: int) -> float:

@@ -22,10 +22,19 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 import plot
-from plumbing.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model
+from plumbing.adapters import base_of
+from plumbing.checkpoint import (
+    FORMAT,
+    check_checkpoint,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+    save_model,
+)
 from plumbing.fail import fail
 from plumbing.flags import check_config
-from plumbing.processes import gather
+from plumbing.processes import gather, own_part
+from plumbing.sharded import load_sharded, read_rest, save_sharded
 from rewards import evaluation_metrics, has_answer, rollout_metrics, score
 
 SHOWN = 8  # training responses in samples.jsonl, and held-out questions in held_out.jsonl, each time
@@ -77,7 +86,7 @@ class Run:
         self.fingerprint = fingerprint(data)
         if not self.config.resume:
             return
-        self.first_step = load_checkpoint(self.folder, self.objects, self.fingerprint) + 1
+        self.first_step = self.load() + 1
         if self.main:
             for name in ("metrics.jsonl", "samples.jsonl", "held_out.jsonl"):
                 self.forget_later_lines(self.folder / name)
@@ -100,7 +109,7 @@ class Run:
             self.last_lap = self.started
             yield step
             self.bar.update()
-            if any(gather([self.interrupted])):
+            if self.interrupted:
                 break
         signal.signal(signal.SIGINT, previous)
         self.bar.close()
@@ -216,8 +225,8 @@ class Run:
         """End the run, before anything is saved or given to the sampler, if a weight is not finite."""
         for name, module in self.objects.items():
             if isinstance(module, torch.nn.Module):
-                finite = torch.stack([p.isfinite().all() for p in module.parameters()])
-                if not finite.all():
+                finite = torch.stack([own_part(p).isfinite().all() for p in module.parameters()])
+                if not all(gather([bool(finite.all())])):  # of any process
                     self.stop(batch, f"weights of the {name} are not finite")
 
     def stop(self, batch, reason: str) -> NoReturn:
@@ -278,25 +287,34 @@ class Run:
             unchecked=gather(scores.unchecked),
         )
         self.add_metrics(step, metrics)
+        rows = [i * k for i in range(len(shown))] or [0]  # one response to each of the first questions
+        batch = sampled.select(torch.tensor(rows, device=sampled.input_ids.device))
+        numbers = {}
+        with torch.no_grad(), self.accelerator.autocast():
+            for name, function in per_token.items():
+                numbers[name] = function(batch)  # [b, T]
         records = []
         for i, number in enumerate(shown):
-            row = sampled.select(torch.tensor([i * k], device=sampled.input_ids.device))  # one response to question i
-            records.append((number, self.token_by_token(step, row, examples[i], rewards, per_token)))
+            records.append((number, self.token_by_token(step, batch, i, examples[i], rewards, numbers)))
         records = gather(records)
         if not self.main:
             return
         for _, record in sorted(records, key=lambda pair: pair[0]):  # in the order of the questions
             self.append("held_out.jsonl", record)
-        words = {"eval_accuracy": "greedy", "eval_pass@1": "one sample", f"eval_pass@{k}": f"best of {k}"}
+        words = {"eval_accuracy": "greedy", "eval_pass@1": "one sample", f"eval_pass@{k}": f"any of {k}"}
         shown = []
         for name, x in self.record.items():
             if name.startswith("eval_"):
                 shown.append(f"{words.get(name, name.removeprefix('eval_'))} {x:.2f}")
-        sample = f"{examples[0]['question']!r} -> {sampled.texts[0]!r}"
+        sample = f"one of the samples: {examples[0]['question']!r} -> {sampled.texts[0]!r}"
         tqdm.write(f"held out, after step {step}: {', '.join(shown)}\n    {sample}")
 
-    def token_by_token(self, step: int, row, example: dict, rewards, per_token: dict) -> dict:
-        """The line of held_out.jsonl for one response: text, tokens, numbers per token, rewards, finish reason."""
+    def token_by_token(self, step: int, batch, i: int, example: dict, rewards, numbers: dict) -> dict:
+        """The line of held_out.jsonl for response i: text, tokens, numbers per token, rewards, finish reason.
+
+        numbers: name -> [b, T], a number of each token
+        """
+        row = batch.select(torch.tensor([i], device=batch.input_ids.device))
         ids = row.response_ids[0].tolist()
         record = {
             "step": step,
@@ -308,9 +326,8 @@ class Run:
             "tokens": [self.tokenizer.decode([token]) for token in ids],
             "logp": row.sampler_logp[0].tolist(),  # of the distribution that was sampled
         }
-        with torch.no_grad(), self.accelerator.autocast():
-            for name, function in per_token.items():
-                record[name] = function(row)[0].tolist()
+        for name, x in numbers.items():
+            record[name] = x[i, : len(ids)].tolist()
         for name, values in score(row, [example], ["format", *rewards]).items():
             record[f"reward/{name}"] = values[0]
         return record
@@ -360,11 +377,34 @@ class Run:
         self.accelerator.log(known, step=step)
         if self.main:
             self.append("metrics.jsonl", self.record)
-            if step > 0 and (self.interrupted or self.due(self.config.save_every, step)):
-                save_checkpoint(self.folder, step, self.objects, self.fingerprint)
-                save_model(self.folder, self.objects["policy"].model, self.tokenizer)
-                plot.save([self.folder], self.folder / "curves.png")
+        self.interrupted = any(gather([self.interrupted]))  # so that all processes end after the same step
+        if step > 0 and (self.interrupted or self.due(self.config.save_every, step)):
+            self.save(step)
         self.record = {}
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint, the model and the curves."""
+        policy = self.objects["policy"]
+        if self.config.shard:
+            about = {"format": FORMAT, "step": step, "data": self.fingerprint}
+            save_sharded(self.folder, self.main, self.objects, about)
+        elif self.main:
+            processes = self.accelerator.num_processes
+            save_checkpoint(self.folder, step, self.objects, self.fingerprint, processes)
+        if self.main or self.config.shard:  # shards are gathered by all processes
+            save_model(self.folder, policy, self.tokenizer, base_of(self.config.model), self.main)
+        if self.main:
+            plot.save([self.folder], self.folder / "curves.png")
+
+    def load(self) -> int:
+        """Give all objects the state of the checkpoint; returns the step after which it was saved."""
+        if not self.config.shard:
+            processes = self.accelerator.num_processes
+            return load_checkpoint(self.folder, self.objects, self.fingerprint, processes)
+        saved = read_rest(self.folder)
+        check_checkpoint(self.folder, saved, self.fingerprint)
+        load_sharded(self.folder, self.objects)
+        return saved["step"]
 
     def finish(self) -> None:
         """Say where everything is."""

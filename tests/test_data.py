@@ -253,6 +253,7 @@ def test_malformed_lines_name_file_and_line(tmp_path, line, message):
     with pytest.raises(SystemExit) as caught:
         data.load_task("qa", (str(path),))
     assert str(caught.value).startswith(f"{path}:4: ") and message in str(caught.value)
+    assert ("; the file's columns: [" in str(caught.value)) == message.startswith("no ")
     assert "\n" not in str(caught.value)
 
 
@@ -266,15 +267,16 @@ def test_empty_and_missing_files(tmp_path):
         data.load_task("qa", (str(tmp_path),))
 
 
-def test_without_network_the_message_names_the_data_flag(monkeypatch):
+def test_without_network_the_message_names_the_data_flag(monkeypatch, capsys):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach the Hub\nand a second line")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    for name in ("gsm8k", "math"):
+    for name, source in (("gsm8k", "openai/gsm8k"), ("math", "hiyouga/math12k")):
         with pytest.raises(SystemExit, match="Couldn't reach the Hub.*--data path.jsonl") as caught:
             data.load_task(name)
         assert "\n" not in str(caught.value)
+        assert capsys.readouterr().out == f"loading {source} from the Hub ...\n", "before the library tries and tries"
 
 
 def test_hub_sources(monkeypatch):
@@ -412,7 +414,9 @@ def test_csv_and_parquet(tmp_path):
     ("name", "content", "message"),
     [
         ("a.csv", b"question,answer\nq,\n", 'a.csv, row 1: "answer" must be non-empty text or a number'),
-        ("a.csv", b"question\nq\n", 'a.csv, row 1: no "answer"'),
+        ("a.csv", b"question\nq\n", r"""a.csv, row 1: no "answer".*; the file's columns: \['question'\]$"""),
+        ("a.csv", b"question;answer\nq;1\n", r"columns: \['question;answer'\] \(is it separated by commas\?\)$"),
+        ("a.csv", b"question\tanswer\nq\t1\n", r"columns: \['question\\tanswer'\] \(is it separated by commas\?\)$"),
         ("a.csv", b"question,answer\n", "cannot read .*a.csv .*no data"),
         ("a.csv", b"", "cannot read .*a.csv"),
         ("a.csv", b'question,answer\n"q,1\n', "a.csv"),

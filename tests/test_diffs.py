@@ -25,7 +25,8 @@ spec.loader.exec_module(make)
 
 SCRIPTS = {name: make.read(ROOT / method.file) for name, method in make.METHODS.items()}
 PAIRS = list(itertools.combinations(make.OBJECTIVES, 2)) + make.FAMILY
-NAMES = ["index", "three", *map("-".join, PAIRS)]
+NAMES = ["index", "grpo", "three", *map("-".join, PAIRS)]
+PREFIXES = {"old": "l", "new": "r"}
 
 
 class Page(HTMLParser):
@@ -43,8 +44,8 @@ class Page(HTMLParser):
         self.tags.append((tag, attributes))
         classes = (attributes.get("class") or "").split()
         if tag == "div" and "hunk" in classes:
-            self.hunks.append((classes, {"old": [], "new": []}))
-        elif tag == "div" and classes[:1] in (["old"], ["new"]):
+            self.hunks.append((classes, {"old": [], "new": [], "third": []}))
+        elif tag == "div" and classes[:1] in (["old"], ["new"], ["third"]):
             self.side = classes[0]
         elif tag == "div" and "line" in classes:
             self.line = {"classes": classes, "id": attributes.get("id"), "i": "", "b": "", "code": None}
@@ -114,7 +115,7 @@ def test_a_page_is_complete_and_counted_right(pair):
     blocks = difflib.SequenceMatcher(None, *codes).get_opcodes()
     left = sum(i2 - i1 for tag, i1, i2, _, _ in blocks if tag != "equal")
     right = sum(j2 - j1 for tag, _, _, j1, j2 in blocks if tag != "equal")
-    assert f"<b>{left} out, {right} in, docstrings aside</b>" in page.text
+    assert f"<b>{make.lines_of(left)} out, {right} in (code only)</b>" in page.text
     if pair not in make.FAMILY:
         assert f"<a href={'-'.join(pair)}.html>{left} out, {right} in</a>" in (FOLDER / "index.html").read_text()
     assert make.CHANGES[pair] in page.text
@@ -139,7 +140,7 @@ def test_order_anchors_and_folds(pair):
     assert "<details open" not in text
 
 
-@pytest.mark.parametrize("name", ["three", *map("-".join, PAIRS)])
+@pytest.mark.parametrize("name", ["grpo", "three", *map("-".join, PAIRS)])
 def test_marks_are_paired(name):
     page = Page(name)
     ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
@@ -147,24 +148,52 @@ def test_marks_are_paired(name):
     links = {attributes["href"][1:] for _, attributes in page.tags if attributes.get("href", "").startswith("#")}
     assert links <= set(ids), "a link to nowhere"
     numbers = {link for link in links if re.fullmatch("[lrabc][1-5]", link)}
-    found = set()
-    prefixes = {"old": "l", "new": "r"}
+    anchors = {}
     for side, _, line in page.lines:
         marks = [css for css in line["classes"] if css.startswith("mark")]
         assert bool(marks) == bool(line["b"]), "the number stands beside its line"
         if marks:
             assert marks == [f"mark{line['b']}"]
-            if name != "three":
-                found.add(prefixes[side] + line["b"])
-            if line["id"]:
-                assert line["id"][1:] == line["b"]
-                if name != "three":
-                    assert line["id"][0] == prefixes[side]
-    if name != "three":
-        assert numbers == found, "every number of the equations has a line on its side, and the other way round"
-    else:
-        expected = {"a1", "a2", "a3", "a4", "b1", "b2", "b3", "b4", "c1", "c2", "c3", "c4", "c5"}
-        assert numbers == expected
+        if line["id"]:
+            assert line["id"][1] == line["b"]
+            assert name == "three" or line["id"][0] == PREFIXES[side]
+            anchors.setdefault(line["id"][:2], []).append(line["id"])
+        elif marks:
+            assert name == "rloo" or "rloo" in name, "only where its comment stands above it"
+    if name == "three":
+        assert numbers == {"a1", "a2", "a3", "a4", "b1", "b2", "b3", "b4", "c1", "c2", "c3", "c4", "c5"}
+    assert numbers == anchors.keys(), "every number of the equations has a line on its side, and the other way round"
+    for first, found in anchors.items():  # in any order: the page shows the flags last
+        assert set(found) == {first, *(f"{first}-{n}" for n in range(2, len(found) + 1))}
+    if "ppo" in name.split("-")[1:]:
+        assert all(len(anchors[number]) > 1 for number in ("r1", "r4", "r5"))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_lines_with_one_number_face_each_other(pair):
+    left, right = SCRIPTS[pair[0]], SCRIPTS[pair[1]]
+    for name in left.parts.keys() & right.parts.keys():
+        for item in make.items(left, right, left.parts[name], right.parts[name]):
+            found = [], []
+            facing = set()
+            for row in item.rows:
+                marks = [script.marks.get(n) for script, n in ((left, row.left), (right, row.right))]
+                for side, mark in zip(found, marks, strict=True):
+                    side.append(mark)
+                if marks[0] == marks[1]:
+                    facing.add(marks[0])
+            both = set(found[0]) & set(found[1]) - {None}
+            orders = [[mark for mark in dict.fromkeys(side) if mark in both] for side in found]
+            if orders[0] == orders[1]:
+                assert both <= facing, "a number of both sides, and in no row"
+            else:  # lines that would cross
+                assert both & facing
+
+
+def test_a_number_comes_before_words():
+    a = ["x = one * two + three  # [B] (2) left"]
+    b = ["x = one * two + three * four", "return y, z  # (2)"]
+    assert make.align(a, b, range(1), range(2)) == [(None, 0, False), (0, 1, True)]
 
 
 def test_a_mark_is_read_from_the_comment():
@@ -202,6 +231,8 @@ def test_functions_with_nothing_in_common_are_whole_blocks():
             names = []
             for side in ("old", "new"):
                 names.append([m[1] for line in sides[side] if (m := re.match(r"def (\w+)", line["code"]))])
+                for line in sides[side]:
+                    assert ("head" in line["classes"]) == line["code"].startswith("def "), "n stops at each"
             faces.append(names)
     assert [["group_advantages"], ["token_rewards", "gae", "whiten"]] in faces
     assert [["kl_k3"], ["kl_k1"]] in faces
@@ -232,13 +263,71 @@ def test_index_and_the_three_columns():
     assert index.text.index("9. IPO") < index.text.index("<table>")
     assert index.text.count("<svg") == 2 * len(make.ROUTE), "J and A of each stop"
     three = Page("three")
-    shown = [sides for classes, sides in three.hunks if "three" in classes]
-    assert len(shown) == 2
-    for name in make.THREE:
+    shown = [sides for classes, sides in three.hunks if "whole" in classes]
+    assert len(shown) == 3 and "<a href=three.html>" in index.text
+    for name, side in zip(make.THREE, ("old", "new", "third"), strict=True):
         script = SCRIPTS[name]
-        for part in ("advantage", "loss"):
-            for n in script.parts[part]:
-                assert any(number == n + 1 and line["code"] == script.lines[n] for _, number, line in three.lines)
+        lines = [n for part in ("advantage", "kl", "loss") for n in script.parts[part]]
+        assert [(n + 1, script.lines[n]) for n in lines] == [
+            (number, line["code"]) for where, number, line in three.lines if where == side
+        ]
+    assert three.text.count("<div class=term>") == 5
+    for left, right in itertools.combinations(make.THREE, 2):
+        assert f"<a href={left}-{right}.html>" in three.text
+
+
+def test_the_page_of_one_script():
+    page = Page("grpo")
+    lines = sorted((number, line["code"]) for _, number, line in page.lines)
+    assert lines == list(enumerate(SCRIPTS["grpo"].lines, 1))
+    assert not any("differs" in line["classes"] for _, _, line in page.lines)
+    order = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
+    assert order == ["advantage", "kl", "loss", "training", "flags", "imports", "docstring"]
+    folded = re.findall(r'<section id="(\w+)">\n<details>', page.text)
+    assert folded == ["flags", "imports", "docstring"]
+    heads = [line["code"].strip() for _, _, line in page.lines if "head" in line["classes"]]
+    assert "def main(config: Config) -> None:" in heads and any(head.startswith("# --- update") for head in heads)
+    assert make.ROUTE[0] == ("grpo", "grpo.html") and "<a href=grpo-dr_grpo.html>next: Dr. GRPO</a>" in page.text
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_a_page_links_to_its_siblings_and_says_what_its_letters_mean(pair):
+    text = Page("-".join(pair)).text
+    (line,) = re.findall(f"{make.METHODS[pair[0]].title} with: (.*?)</span>", text)
+    others = make.OBJECTIVES if pair not in make.FAMILY else [*make.OBJECTIVES, *(name for _, name in make.FAMILY)]
+    for name in set(others) - set(pair):
+        assert f">{make.METHODS[name].title}</a>" in line
+    assert f"<b>{make.METHODS[pair[1]].title}</b>" in line
+    says = re.search(r"J is maximised, averaged (.*?)\.</p>", text)[1]
+    for name in pair:
+        assert make.METHODS[name].averaged in says
+    of_pairs = any(make.METHODS[name].averaged == make.PAIRS for name in pair)
+    assert ("chosen and rejected" in text.split("<section")[0].split("id=strip")[0]) == of_pairs
+
+
+def test_no_letter_stands_for_two_things():
+    grpo, ppo = make.METHODS["grpo"], make.METHODS["ppo"]
+    assert "10^{-4}" in dict(grpo.second)[1]
+    assert ppo.objective[0] == (0, "J="), "only the mean is (2)"
+    assert (1, r"\hat{A}_{it}") in ppo.objective and ppo.terms[1][0].formula[0][1].startswith(r"\hat{A}_{it}=")
+    assert all(mark == 1 for mark, text in ppo.second if "V" in text), "delta's own line"
+    kl, (_, value) = ppo.terms[4][0].formula, ppo.terms[5]
+    assert all(mark == 4 and "D" not in text for mark, text in kl)
+    clip = next(text for _, text in value.formula if "clip" in text)
+    assert clip.count(r"\epsilon_V") == clip.count(r"\epsilon") == 2
+
+
+def test_of_changed_flags_the_defaults_are_named():
+    old = {"a": "    a: int = 1", "b": "    b: int = 2", "c": "    c: float = 1e-4"}
+    new = {
+        "a": "    a: int = 2",
+        "b": "    b: Annotated[int, AtLeast(1)] = 2",
+        "c": "    c: float = 5e-5",
+        "d": "    d: str",
+    }
+    assert make.flags_summary(old, new) == "1 new, 1 of another type; a 1 → 2, c 1e-4 → 5e-5"
+    assert make.flags_summary(old, old) == "the same"
+    assert re.search(r"<summary>flags: .*epochs 1 → 2, minibatches 1 → 2", Page("grpo-ppo").text)
 
 
 def test_marks_only_the_changed_words_and_escapes():
@@ -246,9 +335,26 @@ def test_marks_only_the_changed_words_and_escapes():
         script = make.Script(None, "", [text], [[""] * len(text)], {}, {}, {})
         return make.line_html(make.make_side(script, "l", "old"), 0, True, other)
 
+    def commented(text, other):
+        script = make.Script(None, "", [text], make.syntax(text + "\n"), {}, {}, {})
+        return make.line_html(make.make_side(script, "l", "old"), 0, True, other)
+
     assert ">a &lt; <mark>b</mark> &amp; c</code>" in line("a < b & c", "a < d & c")
     assert "<mark>one two</mark>" in line("x one two", "x three four")  # with the space between
     assert "<mark>" not in line("x  # y", "x      # y")  # white space alone
+    assert "<mark>1e-4</mark>" in line("f(1e-4)", "f(1e-6)"), "a number is one word"
+    assert commented("x = a  # [B] (1) not b", "x = a").count("<mark>") == 0, "nothing in a comment"
+    assert "<mark>a</mark>" in commented("x = a  # [B] (1) not b", "x = c")
+    for name in map("-".join, PAIRS):
+        assert not re.search('<mark><span class="(c|shape|number|doc)', Page(name).text), name
+
+
+def test_where_a_line_may_wrap():
+    assert make.wrappable("f(a.b[0], g()).c(1)", "") == "f(<wbr>a.b[<wbr>0], g())<wbr>.c(<wbr>1)"
+    assert make.wrappable("f(x: int = 1, y)", "") == "f(<wbr>x: <span class=w>int = 1</span>, y)"
+    assert make.wrappable("see grpo.py (1)", "c") == "see grpo.py (1)", "only in code"
+    for piece in ("1e-4", "2.5e-05", "--max-new-tokens", "-&gt;"):
+        assert make.wrappable(f"x {piece} y", "c") == f"x <span class=w>{piece}</span> y"
 
 
 def test_a_shape_stays_in_one_piece():
@@ -366,26 +472,46 @@ def test_bad_input_is_one_line(tmp_path):
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-PROBE = """<script>
-function key(name) { document.dispatchEvent(new KeyboardEvent("keydown", {key: name})); }
-const all = [...document.querySelectorAll(".change")].filter((e) => e.checkVisibility());
-function at() { return all.indexOf(document.querySelector(".here")); }
-const result = {changes: all.length, width: innerWidth, background: [], at: [], top: []};
+KEYS = """
+function key(name, shiftKey) { document.dispatchEvent(new KeyboardEvent("keydown", {key: name, shiftKey})); }
+function scrolled(y) { scrollTo(0, y); dispatchEvent(new Event("scroll")); }
+function click(selector) {
+  document.querySelector(selector).dispatchEvent(new MouseEvent("click", {bubbles: true, cancelable: true}));
+  return later();
+}
+function covered() {  // the lines that begin above the end of the line before
+  const lines = [...document.querySelectorAll(".hunk .line")].filter((e) => e.checkVisibility());
+  const boxes = lines.map((e) => e.getBoundingClientRect());
+  return boxes.filter((box, i) => i && box.left === boxes[i - 1].left && lines[i].parentElement ===
+    lines[i - 1].parentElement && box.top < boxes[i - 1].bottom - 1).length;
+}
+function later() { return new Promise((resolve) => setTimeout(resolve, 50)); }
+function here() { return document.querySelector(".here"); }
+function fromTop(element) { return Math.round(element.getBoundingClientRect().top - strip.offsetHeight); }
+const at = document.getElementById("at");
+const result = {};
+"""
+
+LOOK = """
+const changes = [...document.querySelectorAll(".change")].filter((e) => e.checkVisibility());
+Object.assign(result, {changes: changes.length, background: [], at: [], top: []});
 const first = document.querySelector(".change .differs code").getBoundingClientRect();
 result.first = first.top / innerHeight;
 const sizes = [...document.querySelectorAll(".line code")].map((e) => parseFloat(getComputedStyle(e).fontSize));
 result.size = Math.min(...sizes);
-result.wide = [...document.querySelectorAll(".line, .term, .side")].filter(
+result.outside = [...document.querySelectorAll(".line, .term, .side, .side svg")].filter(
   (e) => e.checkVisibility() && e.getBoundingClientRect().right > innerWidth + 1).length;
+result.scales = [...document.querySelectorAll(".side svg")].map(
+  (e) => e.getBoundingClientRect().width / e.viewBox.baseVal.width);
 result.columns = getComputedStyle(document.querySelector(".hunk")).display;
 const shape = document.querySelector(".shape");
 result.shape = [getComputedStyle(shape).whiteSpace, getComputedStyle(shape).opacity];
 key("s");
 result.shape.push(getComputedStyle(shape).opacity);
-for (const name of ["n", "n", "n", "p"]) {
+for (const name of ["n", "N", "n", "p"]) {
   key(name);
-  result.at.push(at());
-  result.top.push(document.querySelector(".here").getBoundingClientRect().top - strip.offsetHeight);
+  result.at.push(at.textContent);
+  result.top.push(fromTop(here()));
 }
 result.strip = [strip.getBoundingClientRect().top];
 document.querySelector("#strip button").click();
@@ -394,36 +520,159 @@ for (const press of [0, 1, 1]) {
   if (press) document.querySelector("button[value=t]").click();
   result.background.push(getComputedStyle(document.body).backgroundColor);
 }
+const blank = [...document.querySelectorAll(".blank.differs")];
+result.blank = [...new Set(blank.map((e) => getComputedStyle(e).backgroundColor))];
+const code = [...document.querySelectorAll(".hunk > div > .line > code")].filter((e) => e.checkVisibility());
+const left = code.filter((e) => e.getBoundingClientRect().left < innerWidth / 2 - 1);
+result.indents = [...new Set(left.map((e) => e.getBoundingClientRect().left))].length;
+result.same = [...document.querySelectorAll(".same .line:not(.blank) > i")].filter(
+  (e) => e.checkVisibility() && getComputedStyle(e).color !== "rgba(0, 0, 0, 0)").length;
+const folds = [...document.querySelectorAll("details")];
+result.closed = folds.length - folds.filter((e) => e.open).length;
 key("o");
-result.folded = [...document.querySelectorAll("details")].filter((e) => !e.open).length;
-document.title = JSON.stringify(result);
-</script></body>"""
+result.some = folds.filter((e) => !e.open).length;
+key("O", true);
+result.folded = folds.filter((e) => !e.open).length;
+result.covered = covered();
+result.broken = [...document.querySelectorAll(".w")].filter((e) => e.getClientRects().length > 1).length;
+result.empty = [...document.querySelectorAll(".line code")].filter((code) => {
+  const texts = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
+  for (let text = texts.nextNode(); text; text = texts.nextNode()) {
+    const start = text.data.search(/[^ ]/);
+    if (start < 0) continue;
+    const letter = document.createRange();
+    letter.setStart(text, start);
+    letter.setEnd(text, start + 1);
+    return letter.getBoundingClientRect().top - code.getBoundingClientRect().top > 14;
+  }
+  return false;
+}).length;
+"""
+
+READ = """
+key("n");
+key("n");
+const second = document.querySelectorAll(".here")[0];
+scrolled(scrollY + 1500);  // as by PageDown
+result.forgotten = here() === null && at.textContent === "";
+const from = scrollY;
+key("n");
+result.ahead = [fromTop(here()) >= -2, scrollY > from, here() !== second];
+scrolled(scrollY + 1500);
+const back = scrollY;
+key("p");
+result.behind = [scrollY < back, back - scrollY < 1500 + innerHeight];
+key("n");
+key("e");
+result.closed = Math.abs(here().getBoundingClientRect().top) < 30;
+key("e");
+result.opened = fromTop(here()) >= -2 && fromTop(here()) < 30;
+scrolled(0);
+key("m");
+result.mark = [here().id, at.textContent.split(" ")[0]];
+key("m");
+key("M", true);
+result.mark.push(here().id);
+const clicks = [];
+for (const press of [1, 2, 3, 4]) {
+  await click("#strip a[href='#r1']");
+  const line = document.querySelector(location.hash);
+  clicks.push([location.hash, line.checkVisibility(), fromTop(line) >= -2 && fromTop(line) < innerHeight]);
+}
+result.clicks = clicks;
+await click("#strip a[href='#r3']");
+result.twin = [location.hash, document.querySelector(location.hash).checkVisibility()];
+location.hash = "#r3";
+await later();
+result.changed = location.hash;
+await click("header a[href='#flags']");
+result.flags = document.querySelector("#flags > details").open;
+"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-@pytest.mark.parametrize(
-    "name, width, height",
-    [("grpo-dr_grpo", 1024, 768), ("grpo-ppo", 1024, 768), ("grpo-ppo", 1400, 1000), ("dpo-simpo", 1920, 1080)],
-)
-def test_in_a_browser(tmp_path, name, width, height):
+def in_a_browser(tmp_path, name, width, height, script, anchor=""):
+    """What a script finds out on a page in Chromium."""
+    probe = f"<script>(async () => {{{KEYS}{script}\ndocument.title = JSON.stringify(result); }})();</script></body>"
     page = tmp_path / f"{name}.html"
-    page.write_text((FOLDER / f"{name}.html").read_text(encoding="utf-8").replace("</body>", PROBE), encoding="utf-8")
+    page.write_text((FOLDER / f"{name}.html").read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path}/profile", f"--window-size={width},{height}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    command += ["--virtual-time-budget=3000", f"--user-data-dir={tmp_path}/profile", f"--window-size={width},{height}"]
+    done = subprocess.run([*command, page.as_uri() + anchor], capture_output=True, text=True, timeout=60)
     title = re.search("<title>(.*?)</title>", done.stdout, re.DOTALL)
-    if not title or not title[1].startswith("{"):
+    if not title:
         pytest.skip(f"chromium does not run here: {done.stderr[-300:]}")
-    result = json.loads(html.unescape(title[1]))
+    assert title[1].startswith("{"), "the script of the page or of this test has failed"
+    return json.loads(html.unescape(title[1]))
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+SIZES = [("grpo-dr_grpo", 1024, 768), ("grpo-ppo", 1024, 768), ("grpo-ppo", 1400, 1000), ("dpo-simpo", 1920, 1080)]
+
+
+@needs_chromium
+@pytest.mark.parametrize("name, width, height", SIZES)
+def test_in_a_browser(tmp_path, name, width, height):
+    result = in_a_browser(tmp_path, name, width, height, LOOK)
+    one_column = width < 1300
     assert result["changes"] > 3
-    assert result["at"] == [0, 1, 2, 1], "n to the next change, p to the previous one"
+    stops = [text.split(" of ") for text in result["at"]]
+    assert [stop for stop, _ in stops] == ["1", "2", "3", "2"], "n to the next change, p to the previous one"
+    assert len({of for _, of in stops}) == 1 and int(stops[0][1]) > 3
     assert all(-2 <= top for top in result["top"]), "the strip covers no change"
     assert result["strip"][0] == 0 and result["strip"][1] < 0, "it stays on the screen until it is closed"
     light, dark, again = result["background"]
     assert light != dark and light == again
     assert result["shape"] == ["pre", "1", "0.25"]
-    assert result["folded"] == 0
-    assert result["size"] >= (20 if width < 1300 else 14), "one column is for a projector"
-    assert result["wide"] == 0
-    assert result["columns"] == ("block" if width < 1300 else "grid")
+    assert 0 < result["some"] <= result["closed"] and result["folded"] == 0, "o: of the section; shift and o: all"
+    assert result["size"] >= (20 if one_column else 14), "one column is for a projector"
+    assert result["outside"] == 0
+    assert max(result["scales"]) - min(result["scales"]) < 0.003, "J and A of all sides in one size"
+    assert result["columns"] == ("block" if one_column else "grid")
     assert result["first"] < 1, "the first changed line of code is on the first screen"
+    assert result["blank"] in ([], ["rgba(0, 0, 0, 0)"]), "a blank line is not coloured"
+    assert result["indents"] == 1, "changed lines and unchanged ones begin at one column"
+    assert (result["same"] == 0) == one_column, "in one column a line of both files has no number"
+    assert result["covered"] == 0
+    assert result["broken"] == 0, "no break in a number, an arrow or a flag"
+    assert result["empty"] == 0, "no empty row above the text of a line"
+
+
+@needs_chromium
+@pytest.mark.parametrize("name, width, height", [("grpo-ppo", 1024, 768), ("grpo-ppo", 1400, 1000)])
+def test_keys_and_links(tmp_path, name, width, height):
+    result = in_a_browser(tmp_path, name, width, height, READ)
+    assert result["forgotten"], "after a scroll the keys start from what is on the screen"
+    assert result["ahead"] == [True, True, True] and result["behind"] == [True, True]
+    assert result["closed"] and result["opened"], "e keeps the change in sight"
+    first, number, again = result["mark"]
+    assert number == "1" and again == first and re.fullmatch("[lr][1-5](-[0-9])?", first)
+    hashes = [where for where, _, _ in result["clicks"]]
+    assert hashes[:3] == ["#r1", "#r1-2", "#r1-3"][: len(set(hashes))] + ["#r1"] * (3 - len(set(hashes)))
+    assert len(set(hashes)) > 1 and all(shown and near for _, shown, near in result["clicks"])
+    twin = "#l3" if width < 1300 else "#r3"
+    assert result["twin"] == [twin, True] and result["changed"] == twin, "the line that is shown"
+    assert result["flags"], "a link to a folded section opens it"
+
+
+@needs_chromium
+def test_an_address_with_an_anchor(tmp_path):
+    script = "await later(); result.hash = location.hash; result.top = fromTop(document.querySelector(location.hash));"
+    script += "result.open = document.querySelector('#flags > details').open;"
+    result = in_a_browser(tmp_path, "grpo-ppo", 1024, 768, script, "#r3")
+    assert result["hash"] == "#l3" and -2 <= result["top"] < 100
+    result = in_a_browser(tmp_path, "grpo-ppo", 1024, 768, script, "#flags")
+    assert result["hash"] == "#flags" and result["open"] and -2 <= result["top"] < 100
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1024, 1400])
+def test_the_pages_of_one_and_of_three_in_a_browser(tmp_path, width):
+    script = "result.covered = covered(); key('n'); result.at = at.textContent; result.line = here().textContent;"
+    script += "key('m'); result.id = here().id; result.open = [...document.querySelectorAll('#terms[open]')].length;"
+    script += "result.links = document.querySelector('.narrow')?.checkVisibility();"
+    one = in_a_browser(tmp_path, "grpo", width, 768, script)
+    assert one["at"].startswith("1 of ") and "def group_advantages" in one["line"], "its functions are the stops"
+    assert one["id"] == "l1" and one["covered"] == 0
+    three = in_a_browser(tmp_path, "three", width, 768, script)
+    assert three["at"].startswith("1 of ") and "def group_advantages" in three["line"]
+    assert three["open"] == (width >= 1300) and three["links"] == (width < 1300) and three["covered"] == 0

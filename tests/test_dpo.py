@@ -72,7 +72,7 @@ def test_its_sections_are_those_of_grpo_where_there_is_a_counterpart():
     assert len(same) >= 17, "the set-up is the same where it can be"
     steps = [
         "sum_gradients(accelerator, parameters)",
-        "accelerator.clip_grad_norm_(parameters, 1.0)",
+        "clip_gradients(accelerator, parameters, 1.0)",
         "optimizer.step()",
     ]
     assert all(step in base["update"] and step in other["update"] for step in steps)

@@ -63,7 +63,7 @@ def test_the_reference_is_the_model_at_the_start_to_the_bit(policy, tiny, batch)
     assert (log_probs(policy, batch) - start)[batch.response_mask].abs().max() > 0.1
     assert torch.equal(reference(batch, 1.0)[0], start)
     assert (log_probs(policy, batch) - start)[batch.response_mask].abs().max() > 0.1, "and the policy has it again"
-    assert reference.model is policy.model, "no second copy"
+    assert reference.policy is policy, "no second copy"
 
 
 def test_the_same_adapter_in_every_process():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from matplotlib.image import imread
 
 import plot
@@ -69,7 +70,7 @@ def test_one_run_shows_every_evaluation_unsmoothed_and_only_panels_with_data(tmp
     assert list(panels(page)) == ["Held-out accuracy", "Reward in training", "Time per step, total"]
     lines = panels(page)["Held-out accuracy"].lines
     assert [(line.get_label(), line.get_linestyle()) for line in lines] == [
-        ("one try", "-"), ("any of 8", "--"), ("greedy", ":")
+        ("one sample", "-"), ("any of 8", "--"), ("greedy", ":")
     ]  # fmt: skip
     assert list(lines[0].get_xdata()) == [0, 2, 4]
     assert list(lines[0].get_ydata()) == pytest.approx([0.2, 0.4, 0.6])
@@ -117,7 +118,7 @@ def test_a_setting_that_an_older_run_lacks_still_separates(tmp_path):
 
 def test_several_curves_are_compared_by_one_line_each(tmp_path):
     page = plot.figure([make_run(tmp_path / "a"), make_run(tmp_path / "b", script="rloo")])
-    lines = panels(page)["Held-out accuracy, one try"].lines
+    lines = panels(page)["Held-out accuracy, one sample"].lines
     assert len(lines) == 2 and {line.get_linestyle() for line in lines} == {"-"}
     handles = page.legends[0].legend_handles
     assert [handle.get_color() for handle in handles] == [line.get_color() for line in lines]
@@ -217,15 +218,27 @@ def test_metrics_names_what_is_drawn(tmp_path):
     run = make_run(tmp_path / "a")
     assert list(panels(plot.figure([run], ["reward", "eval_pass@1"]))) == ["reward", "eval_pass@1"]
     with pytest.raises(SystemExit, match="--metrics rewards: no run has it; there are eval_accuracy"):
-        plot.draw([run], "rewards", tmp_path / "curves.png")
+        plot.draw([run], ("rewards",), tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("metrics", [["reward,eval_pass@1"], ["reward", "eval_pass@1"], ["reward,", "eval_pass@1"]])
+def test_metrics_stand_apart_by_commas_or_spaces(tmp_path, monkeypatch, metrics):
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda folders, out, wanted: drawn.append((folders, wanted)))
+    run = make_run(tmp_path / "a")
+    tyro.cli(plot.draw, args=[str(run), "--metrics", *metrics, "--out", str(tmp_path / "b.png")])
+    assert drawn == [([run], ["reward", "eval_pass@1"])]
 
 
 def test_where_the_curves_end_is_printed(tmp_path, capsys):
-    plot.draw([make_run(tmp_path / str(seed), seed=seed) for seed in (0, 2)], "reward", tmp_path / "curves.png")
+    plot.draw([make_run(tmp_path / str(seed), seed=seed) for seed in (0, 2)], ("reward",), tmp_path / "curves.png")
     assert capsys.readouterr().out == "grpo (2 seeds): reward 5 ± 1.4 at step 4\n"
 
 
 def test_a_held_out_reward_has_its_panel_whatever_else_there_is(tmp_path):
-    metrics = {"eval_reward/short": 0.5} | {f"more{i}": 1.0 for i in range(20)}
-    titles = list(panels(plot.figure([make_run(tmp_path / "a", metrics=metrics)])))
-    assert titles[:2] == ["eval_reward/short", "Held-out accuracy"] and len(titles) == 9
+    metrics = {"eval_reward/waits": 0.5} | {f"more{i}": 1.0 for i in range(20)}
+    run = make_run(tmp_path / "a", metrics=metrics)
+    found = panels(plot.figure([run]))
+    assert list(found)[:2] == ["waits (held out)", "Held-out accuracy"] and len(found) == 9
+    assert found["waits (held out)"].get_ylabel() == "mean reward"
+    assert list(panels(plot.figure([run], ["eval_reward/waits"]))) == ["waits (held out)"]

@@ -321,10 +321,10 @@ def test_a_value_network_shares_no_weight_with_the_policy(tiny):
 
 def test_every_parameter_is_in_exactly_one_group(tmp_path, monkeypatch):
     made, models = [], []
-    adam, value_of, policy_of = torch.optim.AdamW, ppo.load_value, ppo.load_policy
+    adam, value_of, policy_of = torch.optim.AdamW, ppo.make_value, ppo.make_policy
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(adam(*a, **k)) or made[-1])
-    monkeypatch.setattr(ppo, "load_value", lambda *a: models.append(value_of(*a)) or models[-1])
-    monkeypatch.setattr(ppo, "load_policy", lambda *a: (lambda x: models.append(x[0]) or x)(policy_of(*a)))
+    monkeypatch.setattr(ppo, "make_value", lambda *a: models.append(value_of(*a)) or models[-1])
+    monkeypatch.setattr(ppo, "make_policy", lambda *a: (lambda x: models.append(x[0]) or x)(policy_of(*a)))
     run(tmp_path, "run", beta=0.0, lr=1e-4, value_lr=2e-3)
     (optimizer,) = made
     policy, value = models
@@ -413,14 +413,14 @@ def test_two_backward_passes_give_the_gradients_of_one_sum(tmp_path, monkeypatch
 
 def test_gradient_checkpointing_is_for_both_networks_and_changes_nothing(tmp_path, monkeypatch):
     passes = []  # through the first layer of V, with gradient
-    load = ppo.load_value
+    load = ppo.make_value
 
     def load_watched(*arguments):
         value = load(*arguments)
         value.body.layers[0].register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
         return value
 
-    monkeypatch.setattr(ppo, "load_value", load_watched)
+    monkeypatch.setattr(ppo, "make_value", load_watched)
     one = run(tmp_path, "one", steps=2)[2]
     plain = sum(passes)
     passes.clear()

@@ -129,8 +129,16 @@ def test_parse_weights():
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
-        (["acuracy=1"], "unknown reward 'acuracy'"),
+        (["acuracy=1"], "unknown reward 'acuracy' (did you mean 'accuracy'?); choose from: "),
+        (["waits=1"], "unknown reward 'waits'; choose from: "),
+        (["waits=1"], "; a new one is a function in rewards.py with @reward on the line above it"),
         ([""], "unknown reward ''"),
+        (["accuracy=1,short=0.2"], "bad weight in 'accuracy=1,short=0.2'"),
+        (["accuracy=1,short=0.2"], "; separate rewards by spaces"),
+        (
+            ["accuracy,format"],
+            "unknown reward 'accuracy,format' (did you mean 'accuracy'?); separate rewards by spaces",
+        ),
         (["accuracy=much"], "bad weight in 'accuracy=much'"),
         (["accuracy="], "bad weight"),
         (["accuracy=1=2"], "bad weight"),
@@ -146,6 +154,7 @@ def test_parse_weights_says_what_is_wrong(specs, message):
     text = str(error.value)
     assert message in text and "\n" not in text
     assert all(name in text for name in rewards.REWARDS)
+    assert ("separate rewards by spaces" in text) == any("," in spec for spec in specs)
 
 
 @pytest.fixture
@@ -168,14 +177,51 @@ def test_a_new_reward_is_one_function(register):
     assert rewards.weighted_sum(values, {"accuracy": 1.0}) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("returned", [None, "much", float("nan"), float("inf")])
-def test_score_names_a_reward_that_returns_no_number(register, returned):
+def test_a_reward_replaces_no_other(register):
+    with pytest.raises(SystemExit, match="rewards.py: there already is a reward 'accuracy'; give yours another name"):
+
+        @register
+        def accuracy(response, example):
+            return 1.0
+
+    assert rewards.REWARDS["accuracy"] is rewards.accuracy
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong"),
+    [
+        (lambda response, example, length: 0, "unknown argument 'length'"),
+        (lambda response, example, tokens, *, text: 0, "unknown argument 'text'"),
+        (lambda response: 0, "too many positional arguments"),
+        (lambda response, tokens: 0, "multiple values for argument 'tokens'"),
+        (lambda response, example, finish_reason, tokens: 0, ""),
+        (lambda text, row, limit=3, **more: 0, ""),
+    ],
+)
+def test_the_arguments_of_a_reward_are_checked_with_its_weight(register, function, wrong):
+    function.__name__ = "odd"
+    register(function)
+    if not wrong:
+        assert rewards.parse_weights(["odd=0.5"]) == {"odd": 0.5}
+        assert rewards.score(answers(["x"]), [example("number", "1")], ["odd"])["odd"] == [0.0]
+        return
+    rule = "it may have (response, example) and, by these names, tokens and finish_reason"
+    with pytest.raises(SystemExit) as error:
+        rewards.parse_weights(["odd=0.5"])
+    assert str(error.value) == f"reward 'odd': {wrong}; {rule}"
+
+
+@pytest.mark.parametrize("returned", [None, "much", "0.5", [1.0], 10**400, float("nan"), float("inf")])
+def test_a_reward_that_returns_no_number_ends_the_run(register, monkeypatch, capsys, returned):
     @register
     def odd(response, example):
         return returned
 
-    with pytest.raises(RuntimeError, match="reward 'odd' failed"):
+    monkeypatch.setenv("RANK", "1")  # said by any process: only one may have met it
+    with pytest.raises(SystemExit) as error:
         rewards.score(answers(["x"]), [example("number", "1")], ["accuracy", "odd"])
+    assert str(error.value) == f"reward 'odd' returned {returned!r:.40}; return a number on every path"
+    assert error.value.code == 2 and capsys.readouterr().err == f"{error.value}\n"
 
 
 def test_score_names_a_reward_that_raises(register):

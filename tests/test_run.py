@@ -1,6 +1,7 @@
 """plumbing/run.py and checkpoint.py: what a run says, logs and refuses."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -43,8 +44,14 @@ def test_eval_samples_is_the_number_of_samples(tmp_path):
 
 def test_every_evaluation_shows_a_bar(tmp_path, capsys):
     grpo.main(grpo.Config(out=str(tmp_path / "run"), **SMALL))
-    shown = capsys.readouterr().err
+    said, shown = capsys.readouterr()
     assert "evaluation after step 0" in shown and "evaluation after step 1, greedy" in shown
+    number = r"[01]\.\d\d"
+    assert re.search(
+        rf"held out, after step 0: greedy {number}, one sample {number}, any of 8 {number}, format {number}, .*\n"
+        r"    one of the samples: '3\+8\+3\+2=' -> '",
+        said,
+    )
 
 
 def test_maxima_and_means_keep_nan(tmp_path):
@@ -88,7 +95,7 @@ def test_a_step_too_large_ends_the_run_and_leaves_the_last_good_checkpoint(tmp_p
 def watch_policy(monkeypatch, script) -> tuple[list, list]:
     """The policies that a script loads from now on, and one item for each push to the sampler."""
     policies, pushes = [], []
-    load = script.load_policy
+    load = script.make_policy
     push = HFSampler.push
 
     def load_watched(*arguments):
@@ -96,7 +103,7 @@ def watch_policy(monkeypatch, script) -> tuple[list, list]:
         policies.append(policy)
         return policy, tokenizer
 
-    monkeypatch.setattr(script, "load_policy", load_watched)
+    monkeypatch.setattr(script, "make_policy", load_watched)
     monkeypatch.setattr(HFSampler, "push", lambda self, policy: pushes.append(1) or push(self, policy))
     return policies, pushes
 
@@ -156,16 +163,16 @@ def test_a_checkpoint_of_other_data_or_of_another_version_is_refused(tmp_path):
     layer = torch.nn.Linear(2, 2)
     mine = fingerprint([{"question": "1+1="}])
     assert mine == fingerprint([{"question": "1+1="}]) != fingerprint([{"question": "1+2="}])
-    save_checkpoint(tmp_path, 3, {"layer": layer}, mine)
+    save_checkpoint(tmp_path, 3, {"layer": layer}, mine, 1)
     other = torch.nn.Linear(2, 2)
-    assert load_checkpoint(tmp_path, {"layer": other}, mine) == 3
+    assert load_checkpoint(tmp_path, {"layer": other}, mine, 1) == 3
     assert torch.equal(other.weight, layer.weight)
     with pytest.raises(SystemExit, match="its data has changed"):
-        load_checkpoint(tmp_path, {"layer": other}, fingerprint([]))
+        load_checkpoint(tmp_path, {"layer": other}, fingerprint([]), 1)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     torch.save(saved | {"format": 1}, tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="another version"):
-        load_checkpoint(tmp_path, {"layer": other}, mine)
+        load_checkpoint(tmp_path, {"layer": other}, mine, 1)
 
 
 def test_more_processes_than_held_out_questions_is_one_clear_line(tmp_path, monkeypatch):

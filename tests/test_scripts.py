@@ -16,7 +16,7 @@ import grpo
 from batch import Rollouts
 from data import load_task
 from logprobs import Policy, load_model
-from plumbing.flags import parse
+from plumbing.flags import check_config, parse
 
 SCRIPTS = ["grpo.py", "sft.py"]
 SMALL = ["--prompts-per-step", "4", "--group-size", "4", "--eval-prompts", "8"]
@@ -198,8 +198,8 @@ assert torch.equal(p.grad, torch.ones(2)), "a process without informative groups
 q.grad = torch.full((2,), rank + 1.0)
 sum_gradients(Accelerator(cpu=True), [q])
 assert torch.equal(q.grad, torch.full((2,), 3.0)), "the sum, not the mean"
-loaded, load = [], grpo.load_policy
-grpo.load_policy = lambda *args: loaded.append(load(*args)) or loaded[-1]
+loaded, load = [], grpo.make_policy
+grpo.make_policy = lambda *args: loaded.append(load(*args)) or loaded[-1]
 grpo.main(grpo.Config(prompts_per_step=4, group_size=4, eval_prompts=8, steps=3, out={str(tmp_path / "run")!r}))
 torch.save(loaded[0][0].model.state_dict(), {str(tmp_path)!r} + "/rank" + os.environ["RANK"])
 """
@@ -261,7 +261,11 @@ def test_help_reads_like_documentation(script):
         (["--task", "chess"], "chess"),
         (["--group-size", "1"], "--group-size 1"),
         (["--temperature", "0"], "--temperature 0"),
-        (["--prompts-per-step", "3", "--minibatches", "5"], "--prompts-per-step"),
+        (
+            ["--minibatches", "3"],
+            "--minibatches 3: 16 prompts x 8 responses = 128 cannot be divided evenly among 1 process x 3 minibatches; "
+            "change --minibatches, --prompts-per-step or --group-size",
+        ),
         (["--model", "no/such/model"], "--model no/such/model"),
         (["--resume", "no/such/run"], "--resume no/such/run"),
         (["--template", "chat"], "chat template"),
@@ -276,6 +280,28 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, flags, words):
         grpo.main(parse(grpo.Config))
     assert words in str(error.value) and "\n" not in str(error.value) and error.value.code == 2
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "message"),
+    [
+        ({"prompts_per_step": 3}, 2, "--prompts-per-step 3: cannot be divided evenly among 2 processes; change it"),
+        (
+            {"prompts_per_step": 2, "group_size": 3, "minibatches": 2},
+            2,
+            "--minibatches 2: 2 prompts x 3 responses = 6 cannot be divided evenly among 2 processes x 2 minibatches; "
+            "change --minibatches, --prompts-per-step or --group-size",
+        ),
+        ({"prompts_per_step": 1, "minibatches": 8}, 1, ""),
+    ],
+)
+def test_rollouts_are_divided_evenly(flags, processes, message):
+    if not message:
+        check_config(grpo.Config(**flags), processes)
+        return
+    with pytest.raises(SystemExit) as error:
+        check_config(grpo.Config(**flags), processes)
+    assert str(error.value) == message
 
 
 def test_a_run_is_never_overwritten(learned):

@@ -135,7 +135,7 @@ def test_a_step_that_wants_more_questions_than_there_are_is_refused_before_the_w
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     module = importlib.import_module(script)
-    monkeypatch.setattr(module, "load_policy", None)  # a call would be another error
+    monkeypatch.setattr(module, "make_policy", None)  # a call would be another error
     flags = SMALL | {"task": "qa", "data": (str(path),), "prompts_per_step": 8, "out": str(tmp_path / "run")}
     said = refused(module.main, module.Config(**flags))
     assert said.startswith("--prompts-per-step 8: there are only ")
@@ -145,7 +145,7 @@ def test_a_curriculum_without_levels_is_refused_before_the_weights(tmp_path, mon
     rows = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(30)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(kimi_k15, "load_policy", None)
+    monkeypatch.setattr(kimi_k15, "make_policy", None)
     flags = SMALL | {"task": "qa", "data": (str(path),), "curriculum": 5, "out": str(tmp_path / "run")}
     assert refused(kimi_k15.main, kimi_k15.Config(**flags)).startswith("--curriculum needs questions with a level")
 

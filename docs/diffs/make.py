@@ -10,6 +10,7 @@ Changed lines of code are counted without docstrings, comments and blank lines.
 """
 
 import ast
+import collections
 import difflib
 import io
 import itertools
@@ -43,7 +44,7 @@ Formula = list[tuple[int, str]]
 
 
 class Term(NamedTuple):
-    """A numbered term under J: its formula, and what it is in words."""
+    """A numbered term under J: its formula, and what it is in words. One of the two may be empty."""
 
     formula: Formula
     words: str
@@ -56,6 +57,7 @@ class Method(NamedTuple):
     title: str
     paper: str  # its arXiv number
     says: str  # one sentence for the route
+    averaged: str  # over what J is a mean
     objective: Formula
     second: Formula  # the advantage; of pairs the reward
     terms: dict[int, list[Term]]  # number -> what the two formulas above leave open
@@ -84,13 +86,17 @@ def log_sigma(before: str, after: str) -> Formula:
     ]
 
 
+QUESTIONS = "over questions"
+TOKENS = "over all tokens of an update"
+PAIRS = "over pairs"
+
 GROUP_ADVANTAGE = [(0, r"A_i="), (1, r"r_i-\mathrm{mean}(r_1\ldots r_G)")]
 TOKEN_RATIO = Term(
     [
         (3, r"\rho_{it}"),
         (0, r"=\dfrac{\pi(o_{it}\,|\,q,\,o_{i,<t})}{\pi_{\mathrm{old}}(o_{it}\,|\,q,\,o_{i,<t})}"),
     ],
-    "the ratio of a token, clipped in J",
+    "1 until the first update of a rollout; the weight in the code is 1 unless --tis is given",
 )
 K3 = Term(
     [
@@ -98,8 +104,9 @@ K3 = Term(
         (0, r"=\dfrac{\pi_{\mathrm{ref}}}{\pi}-\log\,\dfrac{\pi_{\mathrm{ref}}}{\pi}-1"),
         (0, r"\quad\mathrm{of}\;\;o_{it}"),
     ],
-    "k3, in the loss",
+    "the k3 estimate of <span class=w>KL(π || π<sub>ref</sub>)</span>, in the loss",
 )
+NOT_BY_STD = Term([], "not divided by the std")
 LOG_SUM = [(2, r"\log\,\pi(o_i\,|\,q)=\sum_t\;\log\,\pi(o_{it}\,|\,q,\,o_{i,<t})")]
 LOG_SIGMA = Term(
     [(2, r"\log\,\sigma(z)"), (0, r"=-\log(1+e^{-z})")], "rises with the margin, and weighs a pair by how wrong it is"
@@ -112,6 +119,7 @@ METHODS = {
         title="GRPO",
         paper="2402.03300",
         says="The group of responses to a question is its own baseline, so there is no value network.",
+        averaged=QUESTIONS,
         objective=[
             (0, r"J=\dfrac{1}{G}\,\sum_i\;"),
             (2, r"\dfrac{1}{|o_i|}\,\sum_t"),
@@ -121,9 +129,21 @@ METHODS = {
             (4, r"D_{it}"),
             (0, r"\,\}"),
         ],
-        second=[(0, r"A_i="), (1, r"\dfrac{r_i-\mathrm{mean}(r_1\ldots r_G)}{\mathrm{std}(r_1\ldots r_G)}")],
+        second=[(0, r"A_i="), (1, r"\dfrac{r_i-\mathrm{mean}(r_1\ldots r_G)}{\mathrm{std}(r_1\ldots r_G)+10^{-4}}")],
         terms={
-            2: [Term([(2, r"\dfrac{1}{|o_i|}\,\sum_t")], "the mean over the tokens of a response")],
+            1: [
+                Term(
+                    [(1, r"\mathrm{std}(r_1\ldots r_G)")],
+                    "the std is small where nearly all answers are right, or nearly all wrong, so such questions weigh "
+                    "more",
+                )
+            ],
+            2: [
+                Term(
+                    [(2, r"\dfrac{1}{|o_i|}\,\sum_t")],
+                    "the longer a wrong answer, the less each of its tokens costs",
+                )
+            ],
             3: [TOKEN_RATIO],
             4: [K3],
         },
@@ -133,6 +153,7 @@ METHODS = {
         title="Dr. GRPO",
         paper="2503.20783",
         says="Takes out the two things that bias GRPO's gradient: the std, and each response's own length.",
+        averaged=QUESTIONS,
         objective=[
             (0, r"J=\dfrac{1}{G}\,\sum_i\;"),
             (2, r"\dfrac{1}{C}\,\sum_t"),
@@ -144,7 +165,8 @@ METHODS = {
         ],
         second=GROUP_ADVANTAGE,
         terms={
-            2: [Term([(2, r"\dfrac{1}{C}\,\sum_t")], "C is the budget of new tokens, a constant")],
+            1: [NOT_BY_STD],
+            2: [Term([(2, r"\dfrac{1}{C}\,\sum_t")], "C = --max-new-tokens, the same for every response")],
             3: [TOKEN_RATIO],
             4: [K3],
         },
@@ -154,9 +176,11 @@ METHODS = {
         title="RLOO",
         paper="2402.14740",
         says="A whole response is one action, and its baseline is the mean reward of the others.",
+        averaged=QUESTIONS,
         objective=[(0, r"J=\dfrac{1}{G}\,\sum_i\;"), *clipped(r"\rho_i", r"A_i")],
         second=[(0, r"A_i="), (4, r"R_i"), (1, r"\,-\,\dfrac{1}{G-1}\,\sum_{j\neq i}R_j")],
         terms={
+            1: [NOT_BY_STD],
             2: [Term(LOG_SUM, "one action: the sum over its tokens, no 1/|o|")],
             3: [
                 Term(
@@ -170,7 +194,7 @@ METHODS = {
                         (4, r"R_i"),
                         (0, r"=r_i-\beta\,\log\,\dfrac{\pi_{\mathrm{old}}(o_i\,|\,q)}{\pi_{\mathrm{ref}}(o_i\,|\,q)}"),
                     ],
-                    "the KL of the response (k1), in the reward",
+                    "the KL of the response (k1 estimate) is part of the reward",
                 )
             ],
         },
@@ -180,6 +204,7 @@ METHODS = {
         title="Kimi k1.5",
         paper="2501.12599",
         says="A squared log-ratio of the response, in place of ratio and clip, holds π near the policy that sampled.",
+        averaged=QUESTIONS,
         objective=[
             (0, r"J=\dfrac{1}{G}\,\sum_i\;\{\,"),
             (1, r"A_i"),
@@ -189,6 +214,7 @@ METHODS = {
         ],
         second=GROUP_ADVANTAGE,
         terms={
+            1: [NOT_BY_STD],
             2: [Term(LOG_SUM, "one action: the sum over its tokens, no 1/|o|")],
             3: [
                 Term(
@@ -203,19 +229,25 @@ METHODS = {
         title="PPO",
         paper="1707.06347",
         says="What GRPO left out: a value network V, so that every token has an advantage of its own (GAE).",
-        objective=[(2, r"J=\underset{i,t}{\mathrm{mean}}\;"), *clipped(r"\rho_{it}", r"A_{it}")],
+        averaged=TOKENS,
+        objective=[
+            (0, r"J="),
+            (2, r"\underset{i,t}{\mathrm{mean}}\;"),
+            *clipped(r"\rho_{it}", r"\hat{A}_{it}"),
+        ],
         second=[
             (0, r"A_{it}="),
             (1, r"\delta_{it}+\gamma\,\lambda\,A_{i,t+1}"),
             (0, r"\quad\delta_{it}="),
             (4, r"r_{it}"),
-            (5, r"\,+\,\gamma\,V^{\mathrm{old}}_{i,t+1}-V^{\mathrm{old}}_{it}"),
+            (1, r"\,+\,\gamma\,V^{\mathrm{old}}_{i,t+1}-V^{\mathrm{old}}_{it}"),
         ],
         terms={
             1: [
                 Term(
-                    [(1, r"A_{it}\,\leftarrow\,\dfrac{A_{it}-\mathrm{mean}(A)}{\max[\mathrm{std}(A),\,.05]}")],
-                    "then whitened over all tokens, but not in R below; A and V are 0 after the last token",
+                    [(1, r"\hat{A}_{it}=\dfrac{A_{it}-\mathrm{mean}(A)}{\max[\mathrm{std}(A),\,.05]}")],
+                    "A is then whitened over all tokens of the rollout; R (5) uses it unwhitened. "
+                    "After the last token A = V = 0.",
                 )
             ],
             2: [Term([(2, r"\underset{i,t}{\mathrm{mean}}")], "over all tokens of all responses")],
@@ -223,28 +255,27 @@ METHODS = {
             4: [
                 Term(
                     [
-                        (4, r"r_{it}=-\beta\,D_{it}"),
-                        (0, r"\quad D_{it}=\log\,\dfrac{\pi_{\mathrm{old}}}{\pi_{\mathrm{ref}}}"),
-                        (0, r"\quad\mathrm{of}\;\;o_{it}"),
+                        (4, r"r_{it}=-\beta\,\log\,\dfrac{\pi_{\mathrm{old}}}{\pi_{\mathrm{ref}}}"),
+                        (4, r"\,+\,r_i\,[t=|o_i|]"),
                     ],
-                    "k1, in the reward; the last token has r besides",
+                    "the KL (k1 estimate) is part of the reward; the last token also gets r<sub>i</sub>",
                 )
             ],
             5: [
+                Term([(5, r"R_{it}=A_{it}+V^{\mathrm{old}}_{it}")], ""),
                 Term(
                     [
                         (0, r"L_V=\underset{i,t}{\mathrm{mean}}\;"),
                         (5, r"\dfrac{1}{2}\,\max[(V_{it}-R_{it})^2,\,"),
                         (
                             5,
-                            r"(\mathrm{clip}(V_{it},\,V^{\mathrm{old}}_{it}-\epsilon,\,V^{\mathrm{old}}_{it}+\epsilon)",
+                            r"(\mathrm{clip}(V_{it},\,V^{\mathrm{old}}_{it}-\epsilon_V,"
+                            r"\,V^{\mathrm{old}}_{it}+\epsilon_V)",
                         ),
                         (5, r"\,-\,R_{it})^2]"),
-                        (0, r"\quad\mathrm{with}\;\;"),
-                        (5, r"R_{it}=A_{it}+V^{\mathrm{old}}_{it}"),
                     ],
                     "the loss of V, minimised",
-                )
+                ),
             ],
         },
     ),
@@ -253,6 +284,7 @@ METHODS = {
         title="DPO",
         paper="2305.18290",
         says="No sampling in the loop: pairs of responses, and the log-ratio to the reference is the reward.",
+        averaged=PAIRS,
         objective=log_sigma(r"\log\,\sigma(", r")"),
         second=[(0, r"R(o)="), (1, r"\beta\," + PAIR_LOG_RATIO)],
         terms={2: [LOG_SIGMA]},
@@ -262,6 +294,7 @@ METHODS = {
         title="Length-normalised DPO",
         paper="2411.15124",
         says="Means over the tokens for DPO's sums, so that a response does not win by its length.",
+        averaged=PAIRS,
         objective=log_sigma(r"\log\,\sigma(", r")"),
         second=[(0, r"R(o)="), (1, r"\dfrac{\beta}{|o|}\," + PAIR_LOG_RATIO)],
         terms={2: [LOG_SIGMA]},
@@ -271,6 +304,7 @@ METHODS = {
         title="SimPO",
         paper="2405.14734",
         says="No reference model: the reward is the mean log-prob, and the chosen response is to win by a margin γ.",
+        averaged=PAIRS,
         objective=log_sigma(r"\log\,\sigma(", r"\,-\,\gamma)"),
         second=[(0, r"R(o)="), (1, r"\dfrac{\beta}{|o|}\,\log\,\pi(o\,|\,q)")],
         terms={2: [LOG_SIGMA]},
@@ -280,6 +314,7 @@ METHODS = {
         title="IPO",
         paper="2310.12036",
         says="A squared loss: the log-ratios are to differ by 1/2τ, and no more.",
+        averaged=PAIRS,
         objective=log_sigma(r"-\,(", r"\,-\,\dfrac{1}{2\tau})^2"),
         second=[(0, r"R(o)="), (1, r"\dfrac{1}{|o|}\," + PAIR_LOG_RATIO)],
         terms={2: [Term([(2, r"\dfrac{1}{2\tau}")], "the target of the margin; τ is the flag beta")]},
@@ -289,7 +324,7 @@ OBJECTIVES = ["grpo", "dr_grpo", "rloo", "kimi_k15", "ppo", "dpo"]  # every pair
 THREE = ["grpo", "dr_grpo", "ppo"]
 FAMILY = [("dpo", "dpo_norm"), ("dpo", "simpo"), ("dpo", "ipo")]
 ROUTE = [
-    ("grpo", "three.html"),
+    ("grpo", "grpo.html"),
     ("dr_grpo", "grpo-dr_grpo.html"),
     ("rloo", "grpo-rloo.html"),
     ("kimi_k15", "grpo-kimi_k15.html"),
@@ -303,13 +338,14 @@ PICTURES = [("grpo", "dr_grpo"), ("grpo", "ppo")]
 
 # What the right one of a pair drops and adds.
 CHANGES = {
-    ("grpo", "dr_grpo"): "Drops the std from the advantage, and takes a constant C for the response's own length.",
+    ("grpo", "dr_grpo"): "Drops the std from the advantage, and divides by a constant C instead of the response's own "
+    "length.",
     ("grpo", "rloo"): "Drops the std, the mean over tokens and the KL in the loss; the baseline leaves the response "
     "itself out, the whole response is one action, and its KL is in the reward.",
     ("grpo", "kimi_k15"): "Drops the std, the ratio, its clip, the mean over tokens and the KL to the starting model; "
     "adds the squared log-ratio of the response, a length reward and an order of the questions.",
-    ("grpo", "ppo"): "Adds a value network V, with its loss, and an advantage per token; drops the group; the KL moves "
-    "to the reward.",
+    ("grpo", "ppo"): "Adds a value network V, its loss and an advantage per token; drops the group as baseline; "
+    "the KL moves to the reward.",
     ("grpo", "dpo"): "Drops the sampling in the loop, the advantage, the ratio and its clip; adds pairs of responses, "
     "and the log-ratio to the reference as the reward of each.",
     ("dr_grpo", "rloo"): "Drops 1/C and the KL in the loss; the baseline leaves the response itself out, the whole "
@@ -317,13 +353,13 @@ CHANGES = {
     ("dr_grpo", "kimi_k15"): "Keeps the advantage. Drops 1/C, the ratio, its clip and the KL to the starting model; "
     "adds the squared log-ratio of the response, a length reward and an order of the questions.",
     ("dr_grpo", "ppo"): "Adds a value network V with a loss of its own, and with it an advantage for every token; "
-    "drops the group and C. The KL moves from the loss into the reward.",
+    "drops the group as baseline, and C. The KL moves from the loss into the reward.",
     ("dr_grpo", "dpo"): "Drops the sampling in the loop, the advantage, the ratio and its clip; adds pairs of "
     "responses, and the log-ratio to the reference as the reward of each.",
     ("rloo", "kimi_k15"): "Keeps the response as one action. Drops the ratio, its clip and the KL in the reward; the "
     "baseline includes the response itself; adds the squared log-ratio, a length reward and an order of the questions.",
     ("rloo", "ppo"): "Every token is an action of its own: adds a value network V with its loss, and an advantage for "
-    "every token; drops the group. The KL in the reward is now that of each token.",
+    "every token; drops the group as baseline. The KL in the reward is now that of each token.",
     ("rloo", "dpo"): "Drops the sampling in the loop, the advantage, the ratio and its clip; adds pairs of responses, "
     "and the log-ratio to the reference as the reward of each.",
     ("kimi_k15", "ppo"): "Drops the squared log-ratio, the length reward and the order of the questions; adds a value "
@@ -337,13 +373,6 @@ CHANGES = {
     ("dpo", "ipo"): "Drops log σ; adds a target for the difference of the rewards, which are means over the tokens.",
 }
 
-NOTATION = (
-    "One notation for all scripts: <b>q</b> question, <b>o</b> response, <b>o<sub>t</sub></b> its <b>|o|</b> tokens, "
-    "<b>G</b> responses to a question, <b>r</b> reward; <b>π</b> learns, <b>π<sub>old</sub></b> sampled, "
-    "<b>π<sub>ref</sub></b> is the model before training; <b>o<sub>w</sub></b>, <b>o<sub>l</sub></b> chosen and "
-    "rejected. J is maximised, averaged over questions or pairs."
-)
-
 STYLE = """
 :root { color-scheme: light dark; --bg: light-dark(#fff, #0e1014); --fg: light-dark(#111, #f4f4f4);
   --dim: light-dark(#555, #b4b9c2); --bar: light-dark(#e8ebef, #232932); --a: light-dark(#0645ad, #8cf);
@@ -351,18 +380,22 @@ STYLE = """
   --old-edge: light-dark(#c96a00, #e39a3c);
   --new: light-dark(#e0f0ff, #0c2845); --new-word: light-dark(#9dcfff, #135a9e);
   --new-edge: light-dark(#1668b8, #5fb0ff);
+  --third: light-dark(#e3f5e1, #12301a); --third-edge: light-dark(#2f7d32, #74d07c);
   --m1: light-dark(#c2185b, #ff8ab5); --m2: light-dark(#7a1fa2, #d9a8ff); --m3: light-dark(#00695c, #5fe0c8);
   --m4: light-dark(#8d5000, #ffc65c); --m5: light-dark(#283fc4, #a9b8ff); --strip: 150px; --code: 20px }
 :root[data-theme=light] { color-scheme: light }
 :root[data-theme=dark] { color-scheme: dark }
 * { box-sizing: border-box }
 html { scroll-padding-top: calc(var(--strip) + 6px) }
-body { margin: 0; padding-bottom: 60vh; background: var(--bg); color: var(--fg);
+body { --sides: 2; margin: 0; padding-bottom: 60vh; background: var(--bg); color: var(--fg);
   font: 18px/1.35 system-ui, "DejaVu Sans", sans-serif }
+body.sides1 { --sides: 1; --code: 20px }
+body.sides3 { --sides: 3 }
 a { color: var(--a) }
+sub { line-height: 0 }
 h1 { font-size: 24px; margin: 0 }
 header { padding: 4px 14px }
-header p { margin: 2px 0; font-size: 17px }
+header p { margin: 2px 0; font-size: 16px }
 header .small { font-size: 15px }
 .bar { display: flex; flex-wrap: wrap; gap: 2px 18px; align-items: baseline }
 .small { font-size: 15px; color: var(--dim); line-height: 1.3 }
@@ -373,62 +406,71 @@ kbd { font: bold 14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospa
 .m3 { color: var(--m3); fill: var(--m3) } .m4 { color: var(--m4); fill: var(--m4) }
 .m5 { color: var(--m5); fill: var(--m5) }
 svg { display: block; height: auto; max-width: 100%; fill: currentColor; font-size: 24px }
-svg text { font: bold 44px system-ui, "DejaVu Sans", sans-serif; text-anchor: middle }
+svg text { font: bold 68px system-ui, "DejaVu Sans", sans-serif; text-anchor: middle }
 svg .area { fill-opacity: 0 }
 
 #strip { position: sticky; top: 0; z-index: 1; background: var(--bg); border-bottom: 2px solid var(--dim) }
 #strip.closed { position: static }
-#strip > button { position: absolute; right: 4px; top: 4px }
-.side { border-left: 8px solid; padding: 4px 38px 4px 0; display: grid; grid-template-columns: 30px minmax(0, 1fr) }
-.side > div { display: flex; flex-wrap: wrap; gap: 0 36px; align-items: center }
+.corner { position: absolute; right: 4px; top: 4px; width: 58px; display: grid; justify-items: end }
+#at { font-size: 14px; color: var(--dim); white-space: nowrap }
+#strip .sides { display: grid; grid-template-columns: repeat(var(--sides), minmax(0, 1fr)) }
+.side { border-left: 8px solid; padding: 2px 40px 2px 0; display: grid; grid-template-columns: 30px minmax(0, 1fr) }
+.side > div { display: flex; flex-wrap: wrap; gap: 0 36px; align-items: center; container-type: inline-size }
+.side svg { font-size: min(24px, 100cqw / var(--widest)) }
 .side.old { border-color: var(--old-edge) }
 .side.new { border-color: var(--new-edge) }
+.side.third { border-color: var(--third-edge) }
 #strip .side > b { writing-mode: sideways-lr; text-align: center; font-size: 14px }
 pre { margin: 0; font: 16px/1.3 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-x: auto }
-.term { display: grid; grid-template-columns: 34px minmax(0, 1fr) minmax(0, 1fr); border-bottom: 1px solid var(--bar) }
+.term { display: grid; grid-template-columns: 34px repeat(var(--sides), minmax(0, 1fr));
+  border-bottom: 1px solid var(--bar) }
 .term > b { padding: 6px 0 0 12px }
-.term > div { padding: 2px 10px; border-left: 5px solid var(--bar); display: flex; flex-wrap: wrap; gap: 0 18px;
-  align-items: center }
-.term svg { font-size: 20px }
+.term > div { grid-column: var(--from) / span var(--over); padding: 1px 8px; border-left: 5px solid var(--bar);
+  display: flex; flex-wrap: wrap; gap: 0 12px; align-items: center }
+.term svg { font-size: 19px }
 .term .old { border-color: var(--old-edge) }
 .term .new { border-color: var(--new-edge) }
-.term .wide { grid-column: 2 / span 2 }
-.term span { font-size: 15px; color: var(--dim) }
+.term .third { border-color: var(--third-edge) }
+.term span { flex: 1 1 200px; font-size: 15px; line-height: 1.2; color: var(--dim) }
 
-.hunk { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) }
+.hunk { display: grid; grid-template-columns: repeat(var(--sides), minmax(0, 1fr)) }
 .hunk > div { display: grid; grid-row: 1 / span var(--n); grid-template-rows: subgrid; align-content: start }
 .whole > div { display: block }
-.line { display: grid; grid-template-columns: 52px minmax(0, 1fr) }
+.line { display: grid; grid-template-columns: 56px minmax(0, 1fr) }
 code { font: var(--code)/1.35 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; letter-spacing: -.025em;
   white-space: pre-wrap; overflow-wrap: anywhere; padding-right: 6px; padding-left: calc(var(--n) + 8px);
   text-indent: calc(-1 * var(--n)) }
 .blank code { line-height: 9px }
-.line > i { font: 13px/calc(1.35 * var(--code)) ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; color: var(--dim);
+.line > i { font: 13px/calc(1.35 * var(--code)) ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  color: var(--dim);
   text-align: right; padding-right: 4px; user-select: none }
 .blank > i { visibility: hidden; line-height: 9px }
-.line > i > b { color: var(--bg); border-radius: 9px; padding: 1px 5px; margin-right: 4px }
+.line > i > b { color: var(--bg); border-radius: 9px; padding: 0 4px; margin-right: 4px; font-size: 16px }
 .badge1 { background: var(--m1) } .badge2 { background: var(--m2) } .badge3 { background: var(--m3) }
 .badge4 { background: var(--m4) } .badge5 { background: var(--m5) }
 .mark1 code { box-shadow: inset 5px 0 var(--m1) } .mark2 code { box-shadow: inset 5px 0 var(--m2) }
 .mark3 code { box-shadow: inset 5px 0 var(--m3) } .mark4 code { box-shadow: inset 5px 0 var(--m4) }
 .mark5 code { box-shadow: inset 5px 0 var(--m5) }
 .line:target { outline: 3px solid var(--a); outline-offset: -3px }
-.change .old .differs, .whole > .old.differs { background: var(--old) }
-.change .new .differs, .whole > .new.differs { background: var(--new) }
+.change .old .differs:not(.blank) { background: var(--old) }
+.change .new .differs:not(.blank) { background: var(--new) }
+.change .third .differs:not(.blank) { background: var(--third) }
 .old mark { background: var(--old-word) }
 .new mark { background: var(--new-word) }
 mark { color: inherit }
-.change.here { outline: 3px solid var(--dim); outline-offset: -2px }
+.here { outline: 3px solid var(--dim); outline-offset: -2px }
+.head { scroll-margin-top: 26px }
 .change { min-height: 9px }
 .none { padding: 0 14px; color: var(--dim) }
-.tag { display: none; margin: 0; font: bold 14px/18px system-ui, "DejaVu Sans", sans-serif; padding-left: 14px }
+.tag { display: none; margin: 0; font: bold 16px/20px system-ui, "DejaVu Sans", sans-serif; padding-left: 14px }
 .k, .d { font-weight: 600 }
 .s, .doc { color: light-dark(#0b5c2e, #9be6a8) }
 .c { color: var(--dim) }
 .shape { color: var(--dim); white-space: pre; display: inline-block; text-indent: 0 }
+.w { white-space: pre }
 .number { font-weight: bold }
 .dimmed .shape { opacity: .25 }
-h2 { margin: 10px 0 0; font: inherit; background: var(--bar) }
+h2 { margin: 6px 0 0; font: inherit; background: var(--bar) }
 h2 code { font-weight: bold; line-height: 32px }
 h2 .line > i { line-height: 32px }
 h2 .blank { display: none }
@@ -436,9 +478,6 @@ h2 .c { color: var(--fg) }
 summary { color: var(--dim); padding: 0 14px; cursor: pointer; font-size: 16px; line-height: 24px }
 summary:hover { background: var(--bar) }
 section > details > summary { background: var(--bar); margin-top: 10px; line-height: 32px; color: var(--fg) }
-.three { grid-template-columns: repeat(3, minmax(0, 1fr)) }
-#strip .sides { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) }
-#strip .three { grid-template-columns: repeat(3, minmax(0, 1fr)) }
 table { border-collapse: collapse; margin: 12px 0; text-align: center }
 td, th { padding: 8px; border: 1px solid var(--dim) }
 .stop { display: grid; grid-template-columns: 250px minmax(0, 1fr); gap: 0 20px; padding: 8px 14px;
@@ -447,28 +486,28 @@ td, th { padding: 8px; border: 1px solid var(--dim) }
 .stop p { margin: 0; flex-basis: 100% }
 .wider { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 30px; padding: 0 14px }
 @media (max-width: 1299px) {
-  .hunk, .three { display: block }
-  .hunk > div { display: block }
+  .hunk, .hunk > div { display: block }
   .tag { display: block }
   .line:empty, .same > .new, .hunk > .none { display: none }
-  .same > .old:empty ~ .new { display: block }
-  .change > div, .whole > div { border-left: 6px solid transparent }
-  .change > .old:has(.line:not(:empty, .blank)), .whole > .old { border-color: var(--old-edge) }
-  .change > .new:has(.line:not(:empty, .blank)), .whole > .new { border-color: var(--new-edge) }
+  .same i { color: transparent }
+  .hunk > div { border-left: 6px solid transparent }
+  .change > .old:has(.line:not(:empty, .blank)) { border-color: var(--old-edge) }
+  .change > .new:has(.line:not(:empty, .blank)) { border-color: var(--new-edge) }
+  .change > .third { border-color: var(--third-edge) }
   .change > div:not(:has(.line:not(:empty, .blank))) > .tag { display: none }
   .old > .tag { color: var(--old-edge); background: var(--old) }
   .new > .tag { color: var(--new-edge); background: var(--new) }
-  .line { grid-template-columns: 52px minmax(0, 1fr) }
-  .change .line, .whole .line { grid-template-columns: 50px minmax(0, 1fr) }
-  #strip .sides, #strip .three, .wider { display: block }
-  #strip .side > div { flex-wrap: nowrap; gap: 0 26px }
-  #strip svg { flex: 0 1 auto; min-width: 0 }
+  .third > .tag { color: var(--third-edge); background: var(--third) }
+  #strip .sides, .wider { display: block }
+  .side { padding-right: 64px }
+  .side > div { flex-wrap: nowrap; gap: 0 26px }
+  .side svg { font-size: min(24px, (100cqw - 26px) / var(--row)); flex: none }
+  .term > .alone, .sides3 .term > div { grid-column: 2 / -1 }
   .stop { display: block }
 }
 @media (min-width: 1300px) {
   :root { --code: clamp(14px, .9vw, 20px) }
-  .term .wide.new { grid-column: 3 }
-  .term .wide.old { grid-column: 2 }
+  .narrow { display: none }
 }
 @media print { * { print-color-adjust: exact } #strip { position: static } }
 """
@@ -477,7 +516,9 @@ td, th { padding: 8px; border: 1px solid var(--dim) }
 CODE = """
 const root = document.documentElement;
 const strip = document.getElementById("strip");
-let here = null;
+let here = null;  // where n, p or m has led
+let held = 0;  // how far the page was scrolled then
+let followed = {};  // the last link to a numbered line
 
 function shown(element) {
   return element.checkVisibility();
@@ -491,31 +532,99 @@ function measure() {
   root.style.setProperty("--strip", under() + "px");
 }
 
-function change(step) {  // to the next change, or with -1 to the previous one
-  const all = [...document.querySelectorAll(".change")].filter(shown);
-  let at = all.indexOf(here);
-  if (at < 0) {
-    at = all.filter((element) => element.getBoundingClientRect().top < under()).length;
-    at = step > 0 ? at - 1 : at;
-  }
-  at = Math.min(Math.max(at + step, 0), all.length - 1);
-  if (here) here.classList.remove("here");
-  here = all[at];
-  if (!here) return;
-  here.classList.add("here");
-  here.scrollIntoView();
-  document.getElementById("at").textContent = (at + 1) + " of " + all.length;
+function topOf(element) {
+  return element.getBoundingClientRect().top;
 }
 
-function forget() {  // the reader scrolls: the next key starts from what is on the screen
+function stops() {  // the changes; in a block that only one side has, or all of a page, its functions
+  return document.querySelectorAll(".change:not(:has(.head)), .head");
+}
+
+function marked() {
+  return document.querySelectorAll(".line[id]");
+}
+
+function go(elements, step) {  // to the next one, or with -1 to the previous one, from where the reader is
+  const from = here && shown(here) ? topOf(here) : under() - 4;
+  const all = [...elements].filter(shown).sort((a, b) => topOf(a) - topOf(b))
+    .filter((element, i, sorted) => !i || topOf(element) > topOf(sorted[i - 1]) + 3);  // of two side by side the first
+  const next = step > 0
+    ? all.find((element) => topOf(element) > from + 3)
+    : all.findLast((element) => topOf(element) < from - 3);
+  if (!next) return;
+  forget();
+  here = next;
+  here.classList.add("here");
+  hold();
+  document.getElementById("at").textContent = (all.indexOf(here) + 1) + " of " + all.length;
+}
+
+function hold() {  // keep where n, p or m has led in sight
+  here.scrollIntoView();
+  held = scrollY;
+}
+
+function forget() {  // the next key starts from what is on the screen
   if (here) here.classList.remove("here");
   here = null;
+  document.getElementById("at").textContent = "";
+}
+
+function unfold(target) {  // open what it is folded in; a line that one column shows once, from the left, is that one
+  for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+  const only = target.querySelector(":scope > details:only-child");
+  if (only) only.open = true;
+  if (shown(target)) return target;
+  const column = target.parentElement;
+  return column.parentElement.firstElementChild.children[[...column.children].indexOf(target)];
+}
+
+function arrive() {  // where the address points
+  const target = document.getElementById(location.hash.slice(1));
+  if (!target) return;
+  const seen = unfold(target);
+  if (seen !== target && seen.id) location.replace("#" + seen.id);
+  seen.scrollIntoView();
+}
+
+function follow(id) {  // a link; of several lines with one number, each time the next
+  const ids = [id];
+  if (/^[a-z][0-9]$/.test(id)) {
+    for (const line of document.querySelectorAll(`[id^="${id}-"]`)) ids.push(line.id);
+  }
+  const again = followed.id === id && followed.hash === location.hash;
+  const at = again ? (followed.at + 1) % ids.length : 0;
+  const seen = unfold(document.getElementById(ids[at]));
+  forget();
+  location.hash = seen.id || ids[at];
+  seen.scrollIntoView();
+  followed = {id, at, hash: location.hash};
+}
+
+function onScreen() {  // the section that fills most of it, or that n, p or m has led into
+  if (here) return here.closest("section");
+  let most = 0;
+  let found = null;
+  for (const section of document.querySelectorAll("section")) {
+    const box = section.getBoundingClientRect();
+    const height = Math.min(box.bottom, innerHeight) - Math.max(box.top, under());
+    if (height > most) {
+      most = height;
+      found = section;
+    }
+  }
+  return found;
 }
 
 const actions = {
-  n: () => change(1),
-  p: () => change(-1),
-  e: () => { strip.classList.toggle("closed"); measure(); },
+  n: () => go(stops(), 1),
+  p: () => go(stops(), -1),
+  m: (shift) => go(marked(), shift ? -1 : 1),
+  e: () => {
+    strip.classList.toggle("closed");
+    measure();
+    if (here) hold();
+  },
   t: () => {
     const dark = root.dataset.theme
       ? root.dataset.theme === "dark"
@@ -523,8 +632,9 @@ const actions = {
     root.dataset.theme = dark ? "light" : "dark";
   },
   s: () => document.body.classList.toggle("dimmed"),
-  o: () => {
-    const folds = [...document.querySelectorAll("details")];
+  o: (shift) => {
+    const where = shift ? document : onScreen() || document;
+    const folds = [...where.querySelectorAll("details")];
     const open = folds.some((fold) => !fold.open);
     for (const fold of folds) fold.open = open;
   },
@@ -532,53 +642,54 @@ const actions = {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (actions[event.key]) actions[event.key]();
+  const key = event.key.toLowerCase();  // with Caps Lock it is a capital letter
+  if (actions[key]) actions[key](event.shiftKey);
 });
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
-  if (button) {
-    actions[button.value]();
-    return;
-  }
+  if (button) actions[button.value](event.shiftKey);
   const link = event.target.closest("a[href^='#']");
-  if (!link) return;
-  const target = document.getElementById(link.getAttribute("href").slice(1));
-  for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
-  if (!shown(target)) {  // in one column a line that is the same on both sides is shown once, as the left one
-    event.preventDefault();
-    target.closest(".hunk").scrollIntoView();
-  }
+  if (!link || event.ctrlKey || event.metaKey) return;
+  event.preventDefault();
+  follow(link.getAttribute("href").slice(1));
 });
-addEventListener("wheel", forget);
-addEventListener("touchmove", forget);
+addEventListener("scroll", () => {
+  if (here && Math.abs(scrollY - held) > 2) forget();
+});
 addEventListener("resize", measure);
+addEventListener("hashchange", arrive);
+const terms = document.getElementById("terms");
+if (terms) terms.open = innerWidth >= 1300;
 measure();
+arrive();
 """
 
-CONTROLS = """<span>change <span id=at></span>
+CONTROLS = """<span>
 <button value=n title="to the next change"><kbd>n</kbd> next</button>
 <button value=p title="to the previous change"><kbd>p</kbd> previous</button>
+<button value=m title="to the next line with a number; with shift to the previous one"><kbd>m</kbd> mark</button>
 <button value=e title="J and A stay on the screen, or scroll away"><kbd>e</kbd> equations</button>
-<button value=t title="light or dark"><kbd>t</kbd> light/dark</button>
+<button value=t title="light or dark"><kbd>t</kbd> theme</button>
 <button value=s title="dim comments such as # [B, T]"><kbd>s</kbd> shapes</button>
-<button value=o title="open or close all that is folded"><kbd>o</kbd> folds</button></span>"""
+<button value=o title="open or close what is folded in this section; with shift everywhere"><kbd>o</kbd> folds</button>
+</span>"""
 
 SVG_LETTERS = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C"}
 MATH = FontProperties(math_fontfamily="stix", size=100)
 
 
-def html_page(title: str, body: str, with_keys: bool) -> str:
-    """A whole page, style and script inside."""
-    script = f"<script>{CODE}</script>\n" if with_keys else ""
+def html_page(title: str, body: str, sides: int = 2) -> str:
+    """A whole page of so many scripts, style and script inside."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>{STYLE}</style>
-<body>
+<body class=sides{sides}>
 {body}
-{script}</body>
+<script>{CODE}</script>
+</body>
 </html>
 """
 
@@ -596,6 +707,14 @@ def drawing(path: Outline) -> str:
             numbers.append(str(round(-y)))
         text += SVG_LETTERS[code] + " ".join(numbers)
     return text
+
+
+def ems(formula: Formula) -> float:
+    """The width of a formula in its font size."""
+    width = 0.08
+    for _, text in formula:
+        width += text_to_path.get_text_width_height_descent(f"${text}$", MATH, True)[0] / 100
+    return width
 
 
 def svg(formula: Formula, side: str, numbered: bool = True) -> str:
@@ -620,7 +739,7 @@ def svg(formula: Formula, side: str, numbered: bool = True) -> str:
     seen = set()
     below = 0  # room for the numbers
     if numbered and any(mark for mark, _ in formula):
-        below = 56
+        below = 80
     for mark, path, start, width in pieces:
         outline = f'<path d="{drawing(path)}"/>'
         if not mark:
@@ -629,7 +748,7 @@ def svg(formula: Formula, side: str, numbered: bool = True) -> str:
         if below:
             outline += f"<rect x={start + 2} y={bottom + 10} width={width - 4} height=6 />"
         if below and mark not in seen:
-            outline += f"<text x={start + width // 2} y={bottom + 52}>{mark}</text>"
+            outline += f"<text x={start + width // 2} y={bottom + 70}>{mark}</text>"
             seen.add(mark)
         area = f"<rect class=area x={start} y={top} width={width} height={bottom - top + below} />"
         body += f'<a href="#{side}{mark}" class=m{mark}>{outline}{area}</a>'
@@ -847,20 +966,30 @@ def pairs(a: list[str], b: list[str], p: list[int], q: list[int]) -> list[tuple[
     return found
 
 
+def mark_of(line: str) -> str:
+    """The number that the comment of a line begins with, or nothing."""
+    mark = MARK.search(line)
+    return mark[2] if mark else ""
+
+
 def alike(a: list[str], b: list[str], p: list[int], q: list[int]) -> list[tuple[int, int]]:
-    """The pair whose words are most alike, and so on before it and after it."""
+    """The pair that is most alike, and so on before it and after it: of the same number, then by its words."""
     right_words = {n: re.findall(r"\w+", b[n]) for n in q}
-    best = 0.5
+    right_marks = {n: mark_of(b[n]) for n in q}
+    best = (False, 0.5)
     pair = None
     for m in p:
         matcher = difflib.SequenceMatcher(None, autojunk=False)
         matcher.set_seq2(re.findall(r"\w+", a[m]))
+        mark = mark_of(a[m])
         for n in q:
+            same_mark = mark != "" and mark == right_marks[n]
             matcher.set_seq1(right_words[n])
-            if matcher.real_quick_ratio() <= best or matcher.quick_ratio() <= best:
+            if (same_mark, matcher.real_quick_ratio()) <= best or (same_mark, matcher.quick_ratio()) <= best:
                 continue
-            if matcher.ratio() > best:
-                best = matcher.ratio()
+            likeness = (same_mark, matcher.ratio())
+            if likeness > best:
+                best = likeness
                 pair = (m, n)
     if pair is None:
         return []
@@ -972,10 +1101,13 @@ def function_items(left: Script, right: Script, p: range, q: range) -> list[Item
     ]
 
 
+WORD = re.compile(r"\d[\d.]*e-\d+|->|\w+|\s+|[^\w\s]")
+
+
 def changed_words(line: str, other: str) -> list[bool]:
     """For each character of a line: does it belong to what another line has differently?"""
-    parts = re.findall(r"\w+|\s+|[^\w\s]", line)
-    other_parts = re.findall(r"\w+|\s+|[^\w\s]", other)
+    parts = WORD.findall(line)
+    other_parts = WORD.findall(other)
     marked = []
     for tag, i1, i2, _, _ in compare(parts, other_parts).get_opcodes():
         text = "".join(parts[i1:i2])
@@ -992,8 +1124,8 @@ class Side(NamedTuple):
 
     script: Script
     prefix: str  # "l" or "r", "a" to "c" of three
-    css: str  # "old" or "new"
-    anchors: dict[int, int]  # number -> the first line on the page that carries it
+    css: str  # "old", "new" or "third"
+    anchors: dict[int, str]  # line -> its anchor: l4, l4-2 and so on are the lines that carry the number 4
 
 
 def make_side(script: Script, prefix: str, css: str, parts: list[str] | None = None) -> Side:
@@ -1002,24 +1134,47 @@ def make_side(script: Script, prefix: str, css: str, parts: list[str] | None = N
     if parts:
         shown = list(itertools.chain.from_iterable(script.parts[name] for name in parts))
     anchors = {}
+    found = collections.Counter()
     for n in shown:
-        if n in script.marks:
-            anchors.setdefault(script.marks[n], n)
+        number = script.marks.get(n)
+        below_its_comment = n > 0 and script.marks.get(n - 1) == number and script.lines[n - 1].lstrip().startswith("#")
+        if number is None or below_its_comment:
+            continue
+        found[number] += 1
+        anchors[n] = f"{prefix}{number}"
+        if found[number] > 1:
+            anchors[n] += f"-{found[number]}"
     return Side(script, prefix, css, anchors)
 
 
-def line_html(side: Side, n: int | None, differs: bool, other: str | None) -> str:
-    """Line n, numbered, in its colours; with the line it faces in the other file, the words that differ are marked."""
+LONG = 45  # a line of more characters may have to wrap
+# Of escaped text: flags, a parameter's type and default, numbers, arrows.
+ONE_PIECE = re.compile(r"--[a-z][\w-]*|\w+ = -?[\w.-]+(?=[,)])|\d[\d.]*e-\d+|-&gt;|&lt;-")
+BREAK_AFTER = re.compile(r"[(\[](?![)\]])")
+BREAK_BEFORE = re.compile(r"(?<=[)\]])\.(?=[A-Za-z_])")  # in a chain of calls, not in config.lr
+
+
+def wrappable(text: str, kind: str) -> str:
+    """Escaped text of a long line, with the places where code may wrap: after an open bracket, before a dot."""
+    if kind in ("", "k", "d"):
+        text = BREAK_AFTER.sub(r"\g<0><wbr>", text)
+        text = BREAK_BEFORE.sub(r"<wbr>\g<0>", text)
+    return ONE_PIECE.sub(r"<span class=w>\g<0></span>", text)
+
+
+def line_html(side: Side, n: int | None, differs: bool, other: str | None, is_head: bool = False) -> str:
+    """Line n, numbered, in its colours; with the code it faces in the other file, the words that differ are marked.
+
+    is_head: the keys n and p stop at it
+    """
     if n is None:
         return "<div class=line></div>\n"
     script = side.script
     line = script.lines[n]
     marked = [False] * len(line)
     if other is not None:
-        marked = changed_words(line, other)
-        shape = [i for i, kind in enumerate(script.kinds[n]) if kind == "shape"]
-        for i in shape:  # it is marked as a whole, so that it stays one piece
-            marked[i] = script.lines[n][shape[0] : shape[-1] + 1] not in other
+        words = changed_words(without_comment(line, script.kinds[n]), other)
+        marked[: len(words)] = words
     looks = list(zip(script.kinds[n], marked, strict=True))  # of each character
     html = ""
     start = 0
@@ -1029,6 +1184,8 @@ def line_html(side: Side, n: int | None, differs: bool, other: str | None) -> st
             end += 1
         text = escape(line[start:end], quote=False)
         kind, mark = looks[start]
+        if len(line) > LONG:
+            text = wrappable(text, kind)
         if kind:
             text = f'<span class="{kind}">{text}</span>'
         if mark:
@@ -1038,6 +1195,8 @@ def line_html(side: Side, n: int | None, differs: bool, other: str | None) -> st
     css = "line"
     if differs:
         css += " differs"
+    if is_head:
+        css += " head"
     if not line:
         css += " blank"
     chip = ""
@@ -1046,8 +1205,8 @@ def line_html(side: Side, n: int | None, differs: bool, other: str | None) -> st
         number = script.marks[n]
         css += f" mark{number}"
         chip = f"<b class=badge{number}>{number}</b>"
-        if side.anchors[number] == n:
-            anchor = f' id="{side.prefix}{number}"'
+    if n in side.anchors:
+        anchor = f' id="{side.anchors[n]}"'
     indent = len(line) - len(line.lstrip())
     hanging = min(indent + 2, 30)  # a wrapped line goes on two characters further in
     return f'<div class="{css}"{anchor}><i>{chip}{n + 1}</i><code style="--n:{hanging}ch">{html}</code></div>\n'
@@ -1089,8 +1248,8 @@ def hunk_html(left: Side, right: Side, rows: list[Row], same: bool) -> str:
         faced_by_left = None
         faced_by_right = None
         if row.is_pair and differs:
-            faced_by_left = b[row.right]
-            faced_by_right = a[row.left]
+            faced_by_left = without_comment(b[row.right], right.script.kinds[row.right])
+            faced_by_right = without_comment(a[row.left], left.script.kinds[row.left])
         columns[0] += line_html(left, row.left, differs, faced_by_left)
         columns[1] += line_html(right, row.right, differs, faced_by_right)
     css = "same" if same else "change"
@@ -1128,18 +1287,23 @@ def folded_html(left: Side, right: Side, stretch: list[Row], rows: list[Row]) ->
     return html
 
 
-def block_html(side: Side, lines: range) -> str:
-    """A whole block of one side. Its docstrings of several lines are folded."""
+HEAD = re.compile(r"(async )?(def|class) \w|\s+# --- .+ ---$")
+
+
+def block_html(side: Side, lines: range, elsewhere: set[str] | None = None) -> str:
+    """A whole block of one side; what is elsewhere too is not coloured. Its docstrings of several lines are folded."""
+    script = side.script
     html = ""
     n = lines.start
     while n < lines.stop:
-        stop = side.script.docstrings.get(n, n + 1)
+        stop = script.docstrings.get(n, n + 1)
+        block = ""
+        for m in range(n, stop):
+            differs = elsewhere is None or script.lines[m] not in elsewhere
+            block += line_html(side, m, differs, None, HEAD.match(script.lines[m]) is not None)
         if stop - n > 1:
-            html += f"<details><summary>docstring, {stop - n} lines</summary>\n"
-            html += "".join(line_html(side, m, True, None) for m in range(n, stop)) + "</details>\n"
-        else:
-            html += line_html(side, n, True, None)
-            stop = n + 1
+            block = f"<details><summary>docstring, {stop - n} lines</summary>\n{block}</details>\n"
+        html += block
         n = stop
     return html
 
@@ -1150,11 +1314,10 @@ def whole_html(sides: list[Side], blocks: list[range]) -> str:
     for side, block in zip(sides, blocks, strict=True):
         name = escape(side.script.path.name)
         if len(block) == 0:
-            columns += f"<div class=none>{name} has nothing like it</div>"
+            columns += f"<div class=none>not in {name}</div>"
         else:
-            columns += f'<div class="{side.css} differs"><p class=tag>{name}</p>{block_html(side, block)}</div>'
-    three = " three" if len(sides) == 3 else ""
-    return f'<div class="hunk whole change{three}" style="--n:1">{columns}</div>\n'
+            columns += f"<div class={side.css}><p class=tag>{name}</p>{block_html(side, block)}</div>"
+    return f'<div class="hunk whole change" style="--n:1">{columns}</div>\n'
 
 
 def items_html(left: Side, right: Side, found: list[Item], folded: bool) -> str:
@@ -1219,7 +1382,7 @@ def section_html(left: Side, right: Side, name: str, folded: bool) -> str:
     return f'<section id="{anchor}">\n{heading}{items_html(left, right, found, folded)}</section>\n'
 
 
-def flag_names(script: Script) -> dict[str, str]:
+def flag_lines(script: Script) -> dict[str, str]:
     """The flags of a script: name -> its line without the comment."""
     flags = {}
     for n in script.parts.get("flags", range(0)):
@@ -1230,20 +1393,34 @@ def flag_names(script: Script) -> dict[str, str]:
     return flags
 
 
-def rest_html(left: Side, right: Side) -> str:
-    """What is folded at the end: flags, imports, docstring."""
-    old = flag_names(left.script)
-    new = flag_names(right.script)
-    changed = [name for name in old if name in new and old[name] != new[name]]
-    said = []
+def flags_summary(old: dict[str, str], new: dict[str, str]) -> str:
+    """How many flags are new, gone or of another type, and which defaults are others."""
+    defaults = []
+    types = 0
+    for name in old:
+        if name not in new or old[name] == new[name]:
+            continue
+        before = old[name].partition(" = ")[2]
+        after = new[name].partition(" = ")[2]
+        if before == after:
+            types += 1
+        else:
+            defaults.append(f"{name} {before or 'without'} → {after or 'without'}")
+    counts = []
     for n, what in (
         (len(new.keys() - old.keys()), "new"),
         (len(old.keys() - new.keys()), "gone"),
-        (len(changed), "changed"),
+        (types, "of another type"),
     ):
         if n:
-            said.append(f"{n} {what}")
-    flags = ", ".join(said) or "the same"
+            counts.append(f"{n} {what}")
+    said = [", ".join(counts), ", ".join(defaults)]
+    return escape("; ".join(filter(None, said)) or "the same", quote=False)
+
+
+def rest_html(left: Side, right: Side) -> str:
+    """What is folded at the end: flags, imports, docstring."""
+    flags = flags_summary(flag_lines(left.script), flag_lines(right.script))
     imports = [0, 0]
     docstring = [0, 0]
     for i, side in enumerate((left, right)):
@@ -1323,7 +1500,7 @@ def own_equations_html(side: Side) -> str:
 
     def link(match: re.Match) -> str:
         number = int(match[1])
-        if number not in side.anchors:
+        if f"{side.prefix}{number}" not in side.anchors.values():
             return match[0]
         return f'<a class=m{number} href="#{side.prefix}{number}">({number})</a>'
 
@@ -1331,19 +1508,23 @@ def own_equations_html(side: Side) -> str:
 
 
 def strip_html(sides: list[Side]) -> str:
-    """J and A of each side; it stays on the screen."""
+    """J and A of each side, all in one size; it stays on the screen."""
     html = ""
+    widest = [1.0]  # in ems, of the formulas
+    rows = [1.0]  # of J and A beside each other
     for side in sides:
         method = method_of(side.script)
-        name = escape(side.script.path.name)
         if method:
             formulas = svg(method.objective, side.prefix) + svg(method.second, side.prefix)
-            html += f"<div class='side {side.css}'><b>{name}</b><div>{formulas}</div></div>\n"
+            widths = [ems(method.objective), ems(method.second)]
+            widest.append(max(widths))
+            rows.append(sum(widths))
         else:
-            html += f"<div class='side {side.css}'><b>{name}</b><div>{own_equations_html(side)}</div></div>\n"
-    three = " three" if len(sides) == 3 else ""
-    return f"""<div id=strip><div class="sides{three}">
-{html}</div><button value=e title="let the equations scroll away, or stay (e)">×</button></div>
+            formulas = own_equations_html(side)
+        html += f"<div class='side {side.css}'><b>{escape(side.script.path.name)}</b><div>{formulas}</div></div>\n"
+    return f"""<div id=strip style="--widest:{max(widest):.2f};--row:{max(rows):.2f}"><div class=sides>
+{html}</div><div class=corner><button value=e title="let the equations scroll away, or stay (e)">×</button>
+<span id=at></span></div></div>
 """
 
 
@@ -1351,30 +1532,45 @@ def term_html(terms: list[Term], prefix: str) -> str:
     """What a number stands for, on one side."""
     html = ""
     for term in terms:
-        html += f"{svg(term.formula, prefix, numbered=False)}<span>{term.words}</span>"
+        if term.formula:
+            html += svg(term.formula, prefix, numbered=False)
+        if term.words:
+            html += f"<span>{term.words}</span>"
     return html
 
 
-def terms_html(left: Side, right: Side) -> str:
-    """The terms below J and A by their numbers; what is the same on both sides is said once."""
+def shared_by(scripts: list[Script], of: int) -> str:
+    """Whose term this is, if it stands for several of so many scripts."""
+    if len(scripts) == 1:
+        return ""
+    names = " and ".join(script.path.name for script in scripts)
+    if len(scripts) == of:
+        names = "both" if of == 2 else "all three"
+    return f"<i class=small>{names}</i>"
+
+
+def terms_html(sides: list[Side]) -> str:
+    """The terms below J and A by their numbers; what is the same on neighbouring sides is said once."""
     all_terms = []
-    for side in (left, right):
+    for side in sides:
         method = method_of(side.script)
         all_terms.append(method.terms if method else {})
     html = ""
-    for number in sorted(all_terms[0].keys() | all_terms[1].keys()):
-        old = all_terms[0].get(number)
-        new = all_terms[1].get(number)
-        if old == new:
-            body = f"<div class=wide>{term_html(old, left.prefix)}<span>(both)</span></div>"
-        elif new is None:
-            body = f"<div class='wide old'>{term_html(old, left.prefix)}</div>"
-        elif old is None:
-            body = f"<div class='wide new'>{term_html(new, right.prefix)}</div>"
-        else:
-            body = (
-                f"<div class=old>{term_html(old, left.prefix)}</div><div class=new>{term_html(new, right.prefix)}</div>"
-            )
+    for number in sorted(set().union(*all_terms)):
+        columns = enumerate(terms.get(number) for terms in all_terms)
+        groups = [list(group) for _, group in itertools.groupby(columns, lambda column: column[1])]
+        groups = [group for group in groups if group[0][1] is not None]
+        if groups[0][0][1] == [NOT_BY_STD] and len(groups[0]) == len(sides):
+            continue  # said only beside one that divides by it
+        body = ""
+        for group in groups:
+            first, terms = group[0]
+            css = "" if len(group) == len(sides) else sides[first].css
+            if len(groups) == 1:
+                css += " alone"
+            style = f"--from:{first + 2};--over:{len(group)}"
+            shared = shared_by([sides[i].script for i, _ in group], len(sides))
+            body += f"<div class='{css}' style='{style}'>{term_html(terms, sides[first].prefix)}{shared}</div>"
         html += f"<div class=term><b class=m{number}>{number}</b>{body}</div>\n"
     return html
 
@@ -1397,7 +1593,48 @@ def next_stop(link: str) -> str:
     if link not in links[:-1]:
         return ""
     name, target = ROUTE[links.index(link) + 1]
-    return f" <a href={target}>next: {METHODS[name].title}</a>"
+    return f"<a href={target}>next: {METHODS[name].title}</a>"
+
+
+def siblings(left: str, right: str = "") -> str:
+    """Links to the pages that compare a method with the others of this repository; that of the right one is this."""
+    links = []
+    for pair in list(itertools.combinations(OBJECTIVES, 2)) + FAMILY:
+        if left not in pair:
+            continue
+        other = pair[1] if pair[0] == left else pair[0]
+        if other == right:
+            links.append(f"<b>{METHODS[other].title}</b>")
+        else:
+            links.append(f"<a href={'-'.join(pair)}.html>{METHODS[other].title}</a>")
+    return f"{METHODS[left].title} with: {' · '.join(links)}"
+
+
+def notation(methods: list[Method]) -> str:
+    """The letters of the equations, and over what the J of each method is averaged."""
+    letters = (
+        "One notation for all scripts: <b>q</b> question, <b>o</b> response, <b>o<sub>t</sub></b> its <b>|o|</b> "
+        "tokens, <b>G</b> responses to a question, <b>r</b> reward; <b>π</b> learns, <b>π<sub>old</sub></b> sampled, "
+        "<b>π<sub>ref</sub></b> is the model before training"
+    )
+    titles = {}
+    for method in methods:
+        titles.setdefault(method.averaged, []).append(method.title)
+    if PAIRS in titles:
+        letters += "; <b>o<sub>w</sub></b>, <b>o<sub>l</sub></b> chosen and rejected"
+    means = [f"{averaged} ({', '.join(names)})" for averaged, names in titles.items()]
+    if len(means) == 1:
+        means = list(titles)
+    maximised = ", averaged ".join(["J is maximised", ", ".join(means)] if means else ["J is maximised"])
+    return f"<p class=small>{letters}. {maximised}.</p>"
+
+
+def contents(names: list[str]) -> str:
+    """Links to the sections, and the keys."""
+    links = ""
+    for name in names:
+        links += f'<a href="#{name.replace(" ", "-")}">{escape(name)}</a>\n'
+    return f'<div class="bar small"><span>{links}</span>{CONTROLS}</div>'
 
 
 def page(left: Script, right: Script, index: str = "index.html") -> str:
@@ -1407,70 +1644,94 @@ def page(left: Script, right: Script, index: str = "index.html") -> str:
     body, names = sections_html(old, new)
     only_left, only_right = count(left.text, right.text)
     title = f"{escape(left.path.name)} → {escape(right.path.name)}"
-    counted = f"{only_left} out, {only_right} in, docstrings aside"
+    counted = f"{lines_of(only_left)} out, {only_right} in (code only)"
     known = [name for name, method in METHODS.items() if method in (method_of(left), method_of(right))]
     sentence = ""
+    links = ""
     for pair, says in CHANGES.items():
         if set(pair) == set(known) and method_of(left) == METHODS[pair[0]]:
             sentence = f"<p>{says}</p>\n"
-    contents = ""
-    for name in names:
-        contents += f'<a href="#{name.replace(" ", "-")}">{escape(name)}</a>\n'
+            links = siblings(*pair)
     nav = ""
     if index:
-        nav = f"<a href={index}>all pages</a>{next_stop(f'{left.path.stem}-{right.path.stem}.html')}"
+        nav = f"<a href={index}>all pages</a> {next_stop(f'{left.path.stem}-{right.path.stem}.html')}"
     header = f"""<header>
 <div class=bar><h1>{title}</h1><b>{counted}</b>
-<span class=small>{paper_links([left, right])}</span><span class=small>{nav}</span></div>
-{sentence}<p class=small>{NOTATION}</p>
-<div class="bar small"><span>{contents}</span>{CONTROLS}</div>
+<span class=small>{paper_links([left, right])}</span></div>
+{sentence}<p class="bar small"><span>{links}</span><span>{nav}</span></p>
+{notation([METHODS[name] for name in known])}
+{contents(names)}
 </header>
 """
-    return html_page(f"{title}: {counted}", header + strip_html([old, new]) + terms_html(old, new) + body, True)
+    return html_page(f"{title}: {counted}", header + strip_html([old, new]) + terms_html([old, new]) + body)
+
+
+def one_page(name: str, script: Script) -> str:
+    """The HTML page of one script: what its objective is made of, and how it trains."""
+    side = make_side(script, "l", "old")
+    parts = [part for part in script.parts if part not in ("flags", "imports", "docstring")]
+    body = ""
+    for part in parts:
+        lines = script.parts[part]
+        body += f'<section id="{part}">\n<h2>{one_html(side, lines[:1])}</h2>\n{one_html(side, lines[1:])}</section>\n'
+    rest = ["flags", "imports", "docstring"]
+    for part in rest:
+        lines = script.parts[part]
+        says = f"<summary>{part}: {lines_of(len(lines))}</summary>"
+        html = "".join(line_html(side, n, False, None) for n in lines)
+        html = f'<div class="hunk whole"><div class=old>{html}</div></div>'
+        body += f'<section id="{part}">\n<details>{says}\n{html}</details>\n</section>\n'
+    method = METHODS[name]
+    title = f"{script.path.name}: {lines_of(len(code_only(script.text)))} of code"
+    header = f"""<header>
+<div class=bar><h1>{script.path.name}</h1><b>{lines_of(len(code_only(script.text)))} of code</b>
+<span class=small>{paper_links([script])}</span></div>
+<p>{method.says}</p>
+<p class="bar small"><span>{siblings(name)}</span>\
+<span><a href=index.html>all pages</a> {next_stop(f"{name}.html")}</span></p>
+{notation([method])}
+{contents(parts + rest)}
+</header>
+"""
+    return html_page(title, header + strip_html([side]) + terms_html([side]) + body, sides=1)
+
+
+def one_html(side: Side, lines: range) -> str:
+    """Lines of a script that stands alone; nothing is coloured."""
+    return f'<div class="hunk whole"><div class=old>{block_html(side, lines, set(side.script.lines))}</div></div>'
 
 
 def three_page(scripts: list[Script]) -> str:
-    """The HTML page of three scripts: advantage and loss as whole blocks, what GRPO has not is coloured."""
+    """The HTML page of three scripts: the objective as whole blocks, what GRPO does not have is coloured."""
+    parts = ["advantage", "kl", "loss"]
     sides = []
-    for script, prefix, css in zip(scripts, "abc", ("old", "new", "new"), strict=True):
-        sides.append(make_side(script, prefix, css, ["advantage", "loss"]))
+    for script, prefix, css in zip(scripts, "abc", ("old", "new", "third"), strict=True):
+        sides.append(make_side(script, prefix, css, parts))
     title = " → ".join(script.path.name for script in scripts)
     body = ""
-    for name in ("advantage", "loss"):
+    for name in parts:
         columns = ""
         for i, side in enumerate(sides):
             # The first is compared with the second, the others with the first.
             others = scripts[1 if i == 0 else 0]
-            columns += three_column(side, name, {others.lines[n] for n in others.parts[name]})
-        body += f'<section id="{name}">\n'
-        body += f'<div class="hunk whole change three" style="--n:1">{columns}</div></section>\n'
+            elsewhere = {others.lines[n] for n in others.parts[name]}
+            block = block_html(side, side.script.parts[name], elsewhere)
+            columns += f"<div class={side.css}><p class=tag>{side.script.path.name}</p>{block}</div>"
+        body += f'<section id="{name}">\n<div class="hunk whole change" style="--n:1">{columns}</div></section>\n'
+    pairs_of_three = []
+    for left, right in itertools.combinations(THREE, 2):
+        pairs_of_three.append(f"<a href={left}-{right}.html>{METHODS[left].title} and {METHODS[right].title}</a>")
     header = f"""<header>
-<div class=bar><h1>{title}</h1><a href=index.html>all pages</a>{next_stop("three.html")}</div>
-<p>Dr. GRPO takes two things out of GRPO; PPO is what GRPO was made from. Coloured: on the left what Dr. GRPO drops, \
-then what GRPO has not.</p>
-<p class=small>{NOTATION}</p>
-<div class="bar small"><span><a href="#advantage">advantage</a> <a href="#loss">loss</a></span>{CONTROLS}</div>
+<div class=bar><h1>{title}</h1><span class=small><a href=index.html>all pages</a></span></div>
+<p>Dr. GRPO takes two things out of GRPO; GRPO was derived from PPO. Coloured in the left column: what Dr. GRPO drops; \
+in the others: what GRPO does not have.</p>
+<p class=narrow>This window is too narrow for three columns. Two at a time: {" · ".join(pairs_of_three)}</p>
+{notation([METHODS[name] for name in THREE])}
+{contents(parts)}
 </header>
 """
-    return html_page(title, header + strip_html(sides) + body, True)
-
-
-def three_column(side: Side, name: str, elsewhere: set[str]) -> str:
-    """A section of one of three scripts; lines that another script has too are not coloured."""
-    html = ""
-    script = side.script
-    lines = script.parts[name]
-    n = lines.start
-    while n < lines.stop:
-        stop = script.docstrings.get(n, n + 1)
-        block = ""
-        for m in range(n, stop):
-            block += line_html(side, m, script.lines[m] not in elsewhere, None)
-        if stop - n > 1:
-            block = f"<details><summary>docstring, {stop - n} lines</summary>\n{block}</details>\n"
-        html += block
-        n = stop
-    return f"<div class={side.css}><p class=tag>{script.path.name}</p>{html}</div>"
+    terms = f"<details id=terms><summary>what the numbers stand for</summary>\n{terms_html(sides)}</details>\n"
+    return html_page(title, header + strip_html(sides) + terms + body, sides=3)
 
 
 def index_page(scripts: dict[str, Script]) -> str:
@@ -1478,12 +1739,12 @@ def index_page(scripts: dict[str, Script]) -> str:
     route = ""
     for number, (name, link) in enumerate(ROUTE, 1):
         method = METHODS[name]
-        if link == "three.html":
-            says = "GRPO, Dr. GRPO and PPO in three columns"
+        if link == f"{name}.html":
+            says = f"{method.file} alone: {lines_of(len(code_only(scripts[name].text)))} of code"
         else:
             left = scripts[link.partition("-")[0]]
             only_left, only_right = count(left.text, scripts[name].text)
-            says = f"{left.path.name} → {scripts[name].path.name}: {only_left} out, {only_right} in"
+            says = f"{left.path.name} → {scripts[name].path.name}: {lines_of(only_left)} out, {only_right} in"
         route += f"""<div class=stop><div><b>{number}. {method.title}</b><a href={link}>{says}</a></div>
 <div><p>{method.says}</p>{svg(plain(method.objective), "")}{svg(plain(method.second), "")}</div></div>
 """
@@ -1503,16 +1764,17 @@ def index_page(scripts: dict[str, Script]) -> str:
                 table += "<td></td>"
         table += "</tr>"
     body = f"""<header><h1>From GRPO to its relatives, side by side</h1>
-<p class=small>{NOTATION}</p></header>
+{notation(list(METHODS.values()))}</header>
 {route}<header><h1>All pairs</h1>
-Lines of code that go out and come in, docstrings aside.
+Lines that go out and come in (code only).
 <table>
 {table}
 </table>
+<p><a href=three.html>GRPO, Dr. GRPO and PPO in three columns</a></p>
 <button value=t><kbd>t</kbd> light, dark</button></header>
 <div id=strip hidden></div>
 """
-    return html_page("From GRPO to its relatives, side by side", body, True)
+    return html_page("From GRPO to its relatives, side by side", body)
 
 
 def plain(formula: Formula) -> Formula:
@@ -1661,6 +1923,7 @@ def make_all(folder: Path, pictures: Path) -> None:
     pages = {}
     for left, right in list(itertools.combinations(OBJECTIVES, 2)) + FAMILY:
         pages[f"{left}-{right}.html"] = page(scripts[left], scripts[right])
+    pages["grpo.html"] = one_page("grpo", scripts["grpo"])
     pages["three.html"] = three_page([scripts[name] for name in THREE])
     pages["index.html"] = index_page(scripts)
     folder.mkdir(parents=True, exist_ok=True)
