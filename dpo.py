@@ -62,7 +62,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     steps: int = 80  # updates
     pairs_per_step: int = 64  # pairs in each update
     max_new_tokens: int = 64  # longest response |y|, tokens; longer ones of --data are cut
-    temperature: float = 1.0  # of the policy, when it samples and when it learns
+    temperature: float = 1.0  # divides the logits, when the policy samples and when it learns
     lr: float = 5e-5  # learning rate of AdamW; 5e-7 to 5e-6 for a pretrained model
     beta: float = 0.0  # beta: reward per nat; 0: the paper's 0.1 for --data, and 0.5 for the model's own pairs
     label_smoothing: float = 0.0  # share of pairs that may be labelled the wrong way round
@@ -142,7 +142,7 @@ def main(config: Config) -> None:
     run = Run(config)  # the folder, the log, and the processes, if there are several
     accelerator = run.accelerator
     check_sampler(config.sampler)
-    if config.data:  # wrong flags and wrong data end the run here, before the weights are loaded
+    if config.data:  # wrong data ends the run here, before the weights are loaded
         train, held_out = read_pairs(config.data)
     else:
         task = read_task(config)

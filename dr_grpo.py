@@ -20,8 +20,9 @@ as here.
     python dr_grpo.py
         On a CPU, no download: within a minute a tiny model learns to think before it answers, and is right.
     python dr_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --max-new-tokens 512 --lr 1e-6 --steps 200 \
-                      --tokens-per-microbatch 16384
+                      --tokens-per-microbatch 16384 --tis 2
         On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1 and informative_groups.
+        vLLM rounds otherwise than the trainer in bf16, so what it samples from is not quite pi_old: hence --tis.
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     prompts_per_step: int = 16  # questions q per rollout
     group_size: Annotated[int, AtLeast(2)] = 8  # G: responses per question; the group is the baseline
     max_new_tokens: int = 64  # longest response |o|, tokens
-    temperature: float = 1.0  # of the policy, when it samples and when it learns
+    temperature: float = 1.0  # divides the logits, when the policy samples and when it learns
     epochs: int = 1  # mu: passes over each rollout
     minibatches: int = 1  # updates per pass
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
@@ -64,7 +65,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     A group of equal rewards has advantage exactly 0.
     """
     r = rewards.view(-1, group_size)  # [P, G]
-    r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
+    r = r - r[:, :1]  # changes no advantage; equal rewards become exactly 0, however their mean is rounded
     mean = r.mean(dim=1, keepdim=True)  # [P, 1]
     return (r - mean).flatten()  # [B] (1) not divided by the std
 
@@ -75,8 +76,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
 
-    Never negative, and its mean over samples of pi is KL(pi || pi_ref). But in the loss the samples are held fixed:
-    while pi is pi_old, its expected gradient is exactly that of KL(pi_ref || pi), the other direction.
+    Never negative, and its mean over samples of pi is KL(pi || pi_ref). Its gradient is not: the loss does not
+    differentiate through the sampling. While pi is pi_old, the expected gradient of D is that of KL(pi_ref || pi).
     """
     log_ratio = ref_logp - logp  # [B, T]
     return log_ratio.exp() - log_ratio - 1  # [B, T] (4)
@@ -95,8 +96,8 @@ def policy_loss(
 
     logp, old_logp, ref_logp [B, T]: log pi, log pi_old, log pi_ref of the sampled tokens (ref_logp None if beta is 0)
     advantages [B]; mask [B, T]: True on response tokens
-    num_responses: in the whole update, over all micro-batches and processes: 1/G, and the mean over questions
-    weight: of the importance sampling, [B, T]; 1 if the sampler's distribution is pi_old
+    num_responses: of the whole update, over all micro-batches and processes; gives 1/G and the mean over questions
+    weight [B, T]: pi_old/pi_sampler, capped (--tis); 1 without
     max_new_tokens: C
     """
     A = advantages[:, None]  # [B, 1]
@@ -104,7 +105,7 @@ def policy_loss(
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
     objective = weight * torch.minimum(ratio * A, clipped * A)  # [B, T] (3)
     is_clipped = clipped * A < ratio * A  # [B, T] where the clip binds there is no gradient
-    stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # per token; logged as mean and maximum
+    stats = {"clip_fraction": is_clipped.float(), "ratio_max": ratio}  # [B, T] each; logged: mean, maximum
     if beta:
         stats["kl"] = kl_k3(logp, ref_logp)  # [B, T] D
         objective = objective - beta * stats["kl"]  # [B, T] (4)
@@ -120,7 +121,7 @@ def main(config: Config) -> None:
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
     check_sampler(config.sampler)
-    task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
+    task = read_task(config)  # wrong data ends the run here, before the weights are loaded
 
     policy, tokenizer = make_policy(config, accelerator.device)
     reference = policy.reference() if config.beta else None
@@ -130,7 +131,7 @@ def main(config: Config) -> None:
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast, optimizer)
     run.start(tokenizer, train, policy=policy, optimizer=optimizer)  # with --resume: as saved
-    sampler.push(policy)
+    sampler.push(policy)  # its present weights
     responses_per_update = config.prompts_per_step * config.group_size // config.minibatches
     updates = config.epochs * config.minibatches
     if run.first_step == 1:
@@ -143,7 +144,7 @@ def main(config: Config) -> None:
         seed = run.seed(step)  # every step has its own random numbers
         prompts = [question["prompt_ids"] for question in questions]
         batch = sampler.generate(prompts, config.group_size, config.temperature, seed)
-        sampler.sleep()
+        sampler.sleep()  # vLLM leaves the GPU's memory to the update
         run.lap("seconds_rollout")
 
         # --- log-probs of pi_old and of the reference, by the trainer: the sampler's own differ by rounding ---
@@ -169,7 +170,7 @@ def main(config: Config) -> None:
                 for micro in batch.microbatches(rows, config.tokens_per_microbatch):
                     with accelerator.autocast():
                         logp, entropy = policy(micro, config.temperature)  # [b, t] each
-                    old_logp = micro["old_logp"] if updates > 1 else logp.detach()
+                    old_logp = micro["old_logp"] if updates > 1 else logp.detach()  # ratio 1, gradient not 0
                     gap = old_logp - micro.sampler_logp  # [b, t] trainer minus sampler, a matter of rounding
                     weight = gap.exp().clamp(max=config.tis) if config.tis else 1.0  # [b, t]
                     loss, stats = policy_loss(

@@ -31,9 +31,9 @@ With a learned reward, as in RLHF, V starts from the reward model: --rewards and
     python ppo.py
         On a CPU, no download: a tiny model learns to think before it answers, and is right.
     python ppo.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --max-new-tokens 512 --lr 1e-6 --value-lr 1e-5 \
-                  --value-warmup 10 --steps 200 --tokens-per-microbatch 16384
-        On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1 and
-        explained_variance.
+                  --value-warmup 10 --steps 200 --tokens-per-microbatch 16384 --tis 2
+        On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1 and explained_variance.
+        vLLM rounds otherwise than the trainer in bf16, so what it samples from is not quite pi_old: hence --tis.
 """
 
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     prompts_per_step: int = 16  # questions q per rollout
     group_size: Annotated[int, AtLeast(1)] = 8  # G: responses per question; one is enough, since V is the baseline
     max_new_tokens: int = 64  # longest response |o|, tokens
-    temperature: float = 1.0  # of the policy, when it samples and when it learns
+    temperature: float = 1.0  # divides the logits, when the policy samples and when it learns
     epochs: int = 2  # mu: passes over each rollout
     minibatches: int = 2  # updates per pass
     lr: float = 5e-5  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
@@ -86,7 +86,7 @@ def token_rewards(rewards, kl, mask, beta) -> torch.Tensor:
 def gae(rewards, values, mask, gamma, lam) -> torch.Tensor:
     """A_t = delta_t + gamma lam A_t+1: [B, T] rewards, values, mask -> [B, T]; after the end all is 0."""
     V = torch.nn.functional.pad(values.masked_fill(~mask, 0), (0, 1))  # [B, T + 1] 0 after the last token
-    delta = (rewards + gamma * V[:, 1:] - V[:, :-1]).masked_fill(~mask, 0)  # [B, T]
+    delta = (rewards + gamma * V[:, 1:] - V[:, :-1]).masked_fill(~mask, 0)  # [B, T] (1) delta
     A = torch.zeros_like(V)  # [B, T + 1]
     for t in reversed(range(delta.shape[1])):
         A[:, t] = delta[:, t] + gamma * lam * A[:, t + 1]  # [B] (1)
@@ -131,7 +131,7 @@ def policy_loss(
     logp, old_logp [B, T]: log pi and log pi_old of the sampled tokens
     A [B, T]: advantages; mask [B, T]: True on response tokens
     num_tokens: response tokens in the whole update, over all micro-batches and processes: the mean over tokens
-    weight: of the importance sampling, [B, T]; 1 if the sampler's distribution is pi_old
+    weight [B, T]: pi_old/pi_sampler, capped (--tis); 1 without
     """
     ratio = (logp - old_logp).exp()  # [B, T] (3) rho
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
@@ -161,7 +161,7 @@ def main(config: Config) -> None:
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
     check_sampler(config.sampler)
-    task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
+    task = read_task(config)  # wrong data ends the run here, before the weights are loaded
 
     policy, tokenizer = make_policy(config, accelerator.device)
     reference = policy.reference() if config.beta else None
@@ -174,7 +174,7 @@ def main(config: Config) -> None:
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast, optimizer)
     run.start(tokenizer, train, policy=policy, value=value, optimizer=optimizer)  # with --resume: as saved
-    sampler.push(policy)
+    sampler.push(policy)  # its present weights
     updates = config.epochs * config.minibatches
     if run.first_step == 1:
         run.evaluate(0, sampler, test, weights, values=value)
@@ -186,7 +186,7 @@ def main(config: Config) -> None:
         seed = run.seed(step)  # every step has its own random numbers
         prompts = [question["prompt_ids"] for question in questions]
         batch = sampler.generate(prompts, config.group_size, config.temperature, seed)
-        sampler.sleep()
+        sampler.sleep()  # vLLM leaves the GPU's memory to the update
         run.lap("seconds_rollout")
 
         # --- log-probs of pi_old and of the reference, by the trainer: the sampler's own differ by rounding ---
@@ -195,7 +195,7 @@ def main(config: Config) -> None:
                 batch["old_logp"] = batch_logprobs(policy, batch, config.temperature, config.tokens_per_microbatch)
             if reference:
                 batch["ref_logp"] = batch_logprobs(reference, batch, config.temperature, config.tokens_per_microbatch)
-            batch["values"] = batch_values(value, batch, config.tokens_per_microbatch)  # [B, T] V_old
+            batch["values"] = batch_values(value, batch, config.tokens_per_microbatch)  # [B, T] (5) V_old
 
         # --- rewards and advantages ---
         examples = [questions[i] for i in batch.prompt_index.tolist()]  # the question of each of the B responses
@@ -228,7 +228,7 @@ def main(config: Config) -> None:
                     accelerator.backward(loss_v)  # frees the graph of V before that of the policy is built
                     with accelerator.autocast():
                         logp, entropy = policy(micro, config.temperature)  # [b, t] each
-                    old_logp = micro["old_logp"] if updates > 1 else logp.detach()
+                    old_logp = micro["old_logp"] if updates > 1 else logp.detach()  # ratio 1, gradient not 0
                     gap = old_logp - micro.sampler_logp  # [b, t] trainer minus sampler, a matter of rounding
                     weight = gap.exp().clamp(max=config.tis) if config.tis else 1.0  # [b, t]
                     loss, stats = policy_loss(
@@ -244,7 +244,7 @@ def main(config: Config) -> None:
                     run.collect(micro.response_mask, loss, entropy=entropy, sampler_gap=gap.abs(), **stats)
                 sum_gradients(accelerator, parameters)
                 sum_gradients(accelerator, value_parameters)
-                # Clipped apart: V's errors do not shorten the policy's step.
+                # Clipped separately: V's errors do not shorten the policy's step.
                 value_grad_norms.append(clip_gradients(accelerator, value_parameters, 1.0))
                 grad_norms.append(clip_gradients(accelerator, parameters, 1.0))
                 run.check_update(batch, grad_norms[-1], value_grad_norms[-1])  # ends the run if these are not finite

@@ -19,8 +19,9 @@ responses it soon leaves the clip range.
     python rloo.py
         On a CPU, no download: within a minute a tiny model learns to think before it answers, and is right.
     python rloo.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --max-new-tokens 512 --lr 1e-6 --steps 200 \
-                   --tokens-per-microbatch 16384
+                   --tokens-per-microbatch 16384 --tis 2
         On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1 and informative_groups.
+        vLLM rounds otherwise than the trainer in bf16, so what it samples from is not quite pi_old: hence --tis.
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     prompts_per_step: int = 16  # questions q per rollout
     group_size: Annotated[int, AtLeast(2)] = 8  # G: responses per question; the group is the baseline
     max_new_tokens: int = 64  # longest response |o|, tokens
-    temperature: float = 1.0  # of the policy, when it samples and when it learns
+    temperature: float = 1.0  # divides the logits, when the policy samples and when it learns
     epochs: int = 1  # mu: passes over each rollout
     minibatches: int = 1  # updates per pass
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
@@ -63,7 +64,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     A group of equal rewards has advantage exactly 0.
     """
     r = rewards.view(-1, group_size)  # [P, G]
-    r = r - r[:, :1]  # changes no advantage, and makes equal rewards exactly 0, whatever the rounding of their mean
+    r = r - r[:, :1]  # changes no advantage; equal rewards become exactly 0, however their mean is rounded
     mean = r.mean(dim=1, keepdim=True)  # [P, 1]
     others = (group_size * mean - r) / (group_size - 1)  # [P, G] the mean of the others: leave one out
     return (r - others).flatten()  # [B] (1)
@@ -80,7 +81,7 @@ def policy_loss(
 
     logp, old_logp [B, T]: log pi and log pi_old of the sampled tokens
     advantages [B]; mask [B, T]: True on response tokens
-    num_responses: in the whole update, over all micro-batches and processes: 1/G, and the mean over questions
+    num_responses: of the whole update, over all micro-batches and processes; gives 1/G and the mean over questions
     weight: of the importance sampling, [B, 1] per response; 1 if the sampler's distribution is pi_old
     """
     A = advantages[:, None]  # [B, 1]
@@ -101,7 +102,7 @@ def main(config: Config) -> None:
     accelerator = run.accelerator
     weights = parse_weights(config.rewards)
     check_sampler(config.sampler)
-    task = read_task(config)  # wrong flags and wrong data end the run here, before the weights are loaded
+    task = read_task(config)  # wrong data ends the run here, before the weights are loaded
 
     policy, tokenizer = make_policy(config, accelerator.device)
     reference = policy.reference() if config.beta else None
@@ -111,7 +112,7 @@ def main(config: Config) -> None:
     stop = stop_strings(tokenizer, config.template)
     sampler = make_sampler(config, policy, tokenizer, stop, accelerator.autocast, optimizer)
     run.start(tokenizer, train, policy=policy, optimizer=optimizer)  # with --resume: as saved
-    sampler.push(policy)
+    sampler.push(policy)  # its present weights
     responses_per_update = config.prompts_per_step * config.group_size // config.minibatches
     updates = config.epochs * config.minibatches
     if run.first_step == 1:
@@ -124,7 +125,7 @@ def main(config: Config) -> None:
         seed = run.seed(step)  # every step has its own random numbers
         prompts = [question["prompt_ids"] for question in questions]
         batch = sampler.generate(prompts, config.group_size, config.temperature, seed)
-        sampler.sleep()
+        sampler.sleep()  # vLLM leaves the GPU's memory to the update
         run.lap("seconds_rollout")
 
         # --- log-probs of pi_old and of the reference, by the trainer: the sampler's own differ by rounding ---
@@ -152,7 +153,7 @@ def main(config: Config) -> None:
                 for micro in batch.microbatches(rows, config.tokens_per_microbatch):
                     with accelerator.autocast():
                         logp, entropy = policy(micro, config.temperature)  # [b, t] each
-                    old_logp = micro["old_logp"] if updates > 1 else logp.detach()
+                    old_logp = micro["old_logp"] if updates > 1 else logp.detach()  # ratio 1, gradient not 0
                     gap = old_logp - micro.sampler_logp  # [b, t] trainer minus sampler, a matter of rounding
                     weight = gap.sum(1, keepdim=True).exp().clamp(max=config.tis) if config.tis else 1.0  # [b, 1]
                     loss, stats = policy_loss(
