@@ -120,4 +120,5 @@ def merge_folder(model, path: str):
     """The model with the adapter of this folder as a part of its weights."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, path).merge_and_unload()
+    merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+    return merged.requires_grad_(True)  # peft has frozen it

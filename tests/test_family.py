@@ -242,7 +242,14 @@ def test_simpo_has_no_reference(tmp_path, monkeypatch):
     monkeypatch.setattr(Policy, "reference", reference)
     monkeypatch.setattr(Policy, "__init__", lambda self, *rest: made.append(self) or init(self, *rest))
     run(tmp_path, "run", simpo, steps=1)
-    assert len(made) == 1 and saved(tmp_path, "run").keys() == {"format", "step", "data", "policy", "optimizer"}
+    assert len(made) == 1 and saved(tmp_path, "run").keys() == {
+        "format",
+        "step",
+        "data",
+        "processes",
+        "policy",
+        "optimizer",
+    }
 
 
 def test_beta_and_gamma_of_simpo_arrive(tmp_path, monkeypatch):

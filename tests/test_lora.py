@@ -130,6 +130,7 @@ def test_peft_and_the_model_flag_read_the_adapter(policy, batch, tiny, tmp_path)
     assert difference(theirs, batch, expected) < 1e-5
     ours, _ = load_policy(str(tmp_path / "adapter"), CPU)
     assert difference(ours, batch, expected) < 1e-5
+    assert all(p.requires_grad for p in ours.trained()), "all of it can be trained"
     again, _ = load_policy(str(tmp_path / "adapter"), CPU, lora_rank=2)  # a new adapter on top of it
     assert difference(again, batch, expected) < 1e-5
 

@@ -207,7 +207,7 @@ def weights_of(folder) -> dict:
     return weights
 
 
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("lora", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_shards_goes_on_in_any_number_of_processes(lora, tmp_path):
     """Policy, value network, optimizer: three updates in one process, or two in two and one in one to three."""
     (tmp_path / "one").mkdir()
@@ -247,7 +247,12 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def slow_but(quick, names):
+    """All of these as parameters, those that are not quick marked slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("script", slow_but(("grpo.py", "dpo.py"), SCRIPTS))
 def test_every_script_in_two_processes_goes_on_to_the_bit(script, tmp_path):
     flags = SCRIPTS[script]
     if script != "grpo.py":  # sft.py's schedule depends on --steps

@@ -315,6 +315,61 @@ def test_a_run_with_vllm_learns_and_repeats_itself(asleep, tmp_path):
         assert "INFO" not in result.stdout and "WARNING" not in result.stdout, "vLLM fills the screen"
 
 
+ROLLOUTS = ["--prompts-per-step", 4, "--group-size", 4]
+SMALL = ["--eval-every", 0, "--eval-prompts", 8, "--eval-samples", 2, "--max-new-tokens", 32, "--steps", 3]
+PAIRS = ["--pairs-per-step", 8, "--pair-prompts", 32]
+
+
+def run_sharded(processes: int, script: str, *flags) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command += [script, "--sampler", "vllm", *flags]
+    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("grpo.py", [*ROLLOUTS, "--shard"]),
+        ("grpo.py", [*ROLLOUTS, "--shard", "--lora-rank", 4, "--lr", 1e-3]),
+        ("grpo.py", [*ROLLOUTS, "--shard", "--beta", 0, "--tokens-per-microbatch", 64]),
+        ("ppo.py", [*ROLLOUTS, "--shard"]),
+        ("kimi_k15.py", [*ROLLOUTS, "--shard"]),
+        ("dpo.py", [*PAIRS, "--shard"]),
+        ("rloo.py", ROLLOUTS),
+    ],
+)
+def test_two_processes_each_with_an_engine(asleep, script, flags, tmp_path):
+    """With shards, and without; weights are gathered into each engine, which the log-probs show."""
+    run_sharded(2, script, *flags, *SMALL, "--out", tmp_path / "run")
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert all(record["grad_norm"] > 0 for record in records[1:])
+    assert max(record.get("sampler_gap", 0.0) for record in records[1:]) < (0.1 if torch.cuda.is_available() else 1e-4)
+    load_policy(str(tmp_path / "run" / "model"), torch.device("cpu"))
+
+
+@needs_vllm
+def test_a_sharded_run_goes_on_in_one_process(asleep, tmp_path):
+    run_sharded(2, "grpo.py", *ROLLOUTS, "--shard", *SMALL, "--out", tmp_path / "run")
+    run_sharded(1, "grpo.py", "--resume", tmp_path / "run", "--steps", 4)
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
+
+
+@needs_vllm
+def test_an_adapter_is_sampled_with_and_read_again(asleep, tmp_path):
+    flags = ["--sampler", "vllm", "--lora-rank", 4, "--lr", 1e-3, *ROLLOUTS, *SMALL]
+    run_script("grpo.py", *flags, "--out", tmp_path / "run")
+    again = ["--sampler", "vllm", "--model", tmp_path / "run" / "adapter", *ROLLOUTS, *SMALL]
+    run_script("grpo.py", *again, "--out", tmp_path / "again")
+    for name in ("run", "again"):
+        records = read_jsonl(tmp_path / name / "metrics.jsonl")
+        limit = 0.1 if torch.cuda.is_available() else 1e-4
+        assert max(record["sampler_gap"] for record in records[1:]) < limit
+
+
 # --- where it cannot run ---
 
 
