@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from plumbing.fail import fail
 from plumbing.processes import whole
 
 POLICY = "policy"  # the adapter of the policy
@@ -113,7 +114,12 @@ def base_of(path: str) -> str:
     """The model that an adapter's folder is for; any other path as it is."""
     if not is_adapter(path):
         return path
-    return json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    config = json.loads((Path(path) / "adapter_config.json").read_text())
+    if not config.get("base_model_name_or_path"):
+        fail(
+            f"--model {path}: its adapter_config.json names no model that the adapter is for (base_model_name_or_path)"
+        )
+    return config["base_model_name_or_path"]
 
 
 def merge_folder(model, path: str):

@@ -410,10 +410,11 @@ class Run:
         """Say where everything is."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        if self.accelerator.num_processes > 1:  # alone, the process group may be vLLM's, which ends it itself
-            torch.distributed.destroy_process_group()
         if self.main:
-            print(f"model, metrics and curves are in {self.folder}")
+            print(f"model, metrics and curves are in {self.folder}", flush=True)
+        if self.accelerator.num_processes > 1:  # alone, the process group may be vLLM's, which ends it itself
+            self.accelerator.wait_for_everyone()
+            torch.distributed.destroy_process_group()
 
 
 def announce_cost(model, prompts: list[list[int]], responses: int, max_new_tokens: int) -> None:

@@ -193,7 +193,10 @@ def test_a_value_model_beside_an_adapter_is_refused(tmp_path):
 # --- runs ---
 
 
-@pytest.mark.parametrize("script", ["grpo.py", "ppo.py", "dpo.py"])
+SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in ("ppo.py", "dpo.py")]
+
+
+@pytest.mark.parametrize("script", ["grpo.py", *SLOW])
 def test_a_run_can_be_resumed_to_the_bit_and_saves_the_adapter_alone(script, tmp_path):
     short = SHORT if script != "dpo.py" else ["--pair-prompts", 32, "--pairs-per-step", 8, *SHORT[:6]]
     flags = [*short, "--lora-rank", 4, "--lr", 1e-3]

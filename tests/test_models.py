@@ -455,7 +455,8 @@ def test_trl_3180_dpo_and_sft_count_the_tokens_of_each_pair(tmp_path):
 def test_own_a_lora_adapter_and_a_run_and_an_empty_folder_are_refused_by_name(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    assert "is a LoRA adapter; merge it" in refusal(str(tmp_path / "adapter"), CPU)
+    assert "is a LoRA adapter; merge it" in refusal(str(tmp_path / "adapter"), CPU, load=load_value)
+    assert "names no model that the adapter is for" in refusal(str(tmp_path / "adapter"), CPU)
     (tmp_path / "empty").mkdir()
     assert "there is no config.json, so it is no model's folder" in refusal(str(tmp_path / "empty"), CPU)
     run = tmp_path / "run"

@@ -13,7 +13,7 @@ from importlib import metadata
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, assert_end_tokens_are_trained, read_jsonl, run_script, without_times
+from conftest import ROOT, assert_end_tokens_are_trained, read_jsonl, run_script, torchrun, without_times
 
 import grpo
 from data import encode_prompts, load_task
@@ -320,13 +320,6 @@ SMALL = ["--eval-every", 0, "--eval-prompts", 8, "--eval-samples", 2, "--max-new
 PAIRS = ["--pairs-per-step", 8, "--pair-prompts", 32]
 
 
-def run_sharded(processes: int, script: str, *flags) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    command += [script, "--sampler", "vllm", *flags]
-    result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
 @needs_vllm
 @pytest.mark.parametrize(
     "script, flags",
@@ -342,7 +335,7 @@ def run_sharded(processes: int, script: str, *flags) -> None:
 )
 def test_two_processes_each_with_an_engine(asleep, script, flags, tmp_path):
     """With shards, and without; weights are gathered into each engine, which the log-probs show."""
-    run_sharded(2, script, *flags, *SMALL, "--out", tmp_path / "run")
+    torchrun(2, script, "--sampler", "vllm", *flags, *SMALL, "--out", tmp_path / "run")
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert all(record["grad_norm"] > 0 for record in records[1:])
@@ -352,8 +345,8 @@ def test_two_processes_each_with_an_engine(asleep, script, flags, tmp_path):
 
 @needs_vllm
 def test_a_sharded_run_goes_on_in_one_process(asleep, tmp_path):
-    run_sharded(2, "grpo.py", *ROLLOUTS, "--shard", *SMALL, "--out", tmp_path / "run")
-    run_sharded(1, "grpo.py", "--resume", tmp_path / "run", "--steps", 4)
+    torchrun(2, "grpo.py", "--sampler", "vllm", *ROLLOUTS, "--shard", *SMALL, "--out", tmp_path / "run")
+    torchrun(1, "grpo.py", "--resume", tmp_path / "run", "--steps", 4)
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
 
