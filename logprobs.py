@@ -220,12 +220,9 @@ def token_logprobs(
 def head_logprobs(head, hidden, targets, temperature, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target and entropy of its distribution, [N] each, from hidden states [N, H]."""
     with own_cast(hidden.device):
-        z = head(hidden).to(dtype) / temperature  # [N, V] logits
-    log_Z = z.logsumexp(-1, keepdim=True)  # [N, 1]
-    logp = (z.gather(-1, targets[:, None]) - log_Z).squeeze(-1)  # [N]
-    with torch.no_grad():
-        log_p = z - log_Z  # [N, V]
-        entropy = -(log_p.exp() * log_p).sum(-1)  # [N]
+        log_p = (head(hidden).to(dtype) / temperature).log_softmax(-1)  # [N, V]
+    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)  # [N]
+    logp = log_p.gather(-1, targets[:, None]).squeeze(-1)  # [N]
     return logp, entropy
 
 
