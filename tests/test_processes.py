@@ -121,8 +121,7 @@ def differences(printed: str) -> list[float]:
     return [float(line.split()[1]) for line in printed.splitlines() if line.startswith("difference")]
 
 
-@pytest.mark.parametrize("lora", [0, 4])
-@pytest.mark.parametrize("sharded", [0, 1])
+@pytest.mark.parametrize("lora, sharded", [(0, 0), (0, 1), (4, 1), pytest.param(4, 0, marks=pytest.mark.slow)])
 def test_gradients_of_two_processes_are_those_of_one(sharded, lora, tmp_path):
     """Policy and value network, each process with micro-batches of its own; the full norm is clipped."""
     printed = run_program(2, tmp_path, GRADIENTS, sharded, lora, "even")
@@ -131,6 +130,7 @@ def test_gradients_of_two_processes_are_those_of_one(sharded, lora, tmp_path):
     assert max(found) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_of_uneven_shares_without_shards(tmp_path):
     printed = run_program(2, tmp_path, GRADIENTS, 0, 0, "uneven")
     assert max(differences(printed)) < 1e-5
