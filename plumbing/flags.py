@@ -83,7 +83,8 @@ def own_flags_first(config_class) -> None:
 
 def read_config(config_class, folder: Path):
     """The saved configuration of the run to resume."""
-    if not any(folder.glob("checkpoint*/rest.pt")) and not (folder / "checkpoint.pt").exists():
+    places = ("checkpoint.pt", "checkpoint/rest.pt", "checkpoint.old/rest.pt")
+    if not any((folder / place).exists() for place in places):
         fail(f"--resume {folder}: no checkpoint.pt is there to go on from; start a new run")
     saved = json.loads((folder / "config.json").read_text())
     if saved.pop("script") != Path(sys.argv[0]).stem:
@@ -126,8 +127,8 @@ def check_config(config, processes: int) -> None:
 
 def check_shards(config, processes: int) -> None:
     """End the run if its models cannot be sharded: all processes have to make the same passes through them."""
-    if config.sampler == "hf":
-        fail("--shard: the Hugging Face sampler needs the whole model in every process; use --sampler vllm")
+    if config.sampler != "vllm":  # auto may take the other one
+        fail("--shard: the Hugging Face sampler needs the whole model in every process; give --sampler vllm")
     if config.lora_rank and hasattr(config, "value_model"):
         fail("--shard: not together with --lora-rank in PPO, whose two adapters have one body; leave one out")
     if "RANK" not in os.environ:

@@ -293,6 +293,7 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path):
 
 def test_what_cannot_be_sharded_is_refused_in_one_line(tmp_path):
     for script, flags, words in [
+        ("grpo.py", [], "--shard: the Hugging Face sampler needs the whole model"),  # auto would take it here
         ("grpo.py", ["--sampler", "hf"], "--shard: the Hugging Face sampler needs the whole model"),
         ("grpo.py", ["--sampler", "vllm"], "--shard: start it as torchrun"),
         ("ppo.py", ["--sampler", "vllm", "--lora-rank", 4], "--shard: not together with --lora-rank in PPO"),
