@@ -19,7 +19,7 @@ the outer loop of Algorithm 1, which renews reference and reward model; here a v
     python grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --max-new-tokens 512 --lr 1e-6 --steps 200 \
                    --tokens-per-microbatch 16384 --tis 2
         On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1 and informative_groups.
-        vLLM rounds otherwise than the trainer in bf16, so what it samples from is not quite pi_old: hence --tis.
+        In bf16 vLLM and the trainer round differently, so vLLM does not quite sample from pi_old: hence --tis.
 """
 
 from dataclasses import dataclass

@@ -35,7 +35,7 @@ rollouts, the learned reward models, and the two filters of section 2.1, which r
     python kimi_k15.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --max-new-tokens 512 --lr 1e-6 --steps 200 \
                        --tokens-per-microbatch 16384 --tau 0.01 --length-weight 0.1 --length-from 100 --tis 2
         On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1, kl_old and response_length.
-        vLLM rounds otherwise than the trainer in bf16, so what it samples from is not quite pi_old: hence --tis.
+        In bf16 vLLM and the trainer round differently, so vLLM does not quite sample from pi_old: hence --tis.
 """
 
 import math
