@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from plumbing.processes import most
@@ -130,11 +131,41 @@ def split(parts: list[list], count: int) -> list[list]:
     return parts
 
 
-def left_pad(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def join(batches: list[Rollouts]) -> Rollouts:
+    """The rows of these batches as one batch, one batch after the other; its prompts are numbered anew.
+
+    Of their tensors only "row" is kept.
+    """
+    L = max(batch.prompt_width for batch in batches)
+    T = max(batch.response_mask.shape[1] for batch in batches)
+    parts = {"input_ids": [], "attention_mask": [], "response_mask": [], "sampler_logp": []}
+    prompt_index = []
+    prompts = 0  # so far
+    texts = []
+    finish_reasons = []
+    for batch in batches:
+        left = L - batch.prompt_width
+        right = T - batch.response_mask.shape[1]
+        parts["input_ids"].append(pad(batch.input_ids, (left, right)))  # with 0: no mask has these places
+        parts["attention_mask"].append(pad(batch.attention_mask, (left, right)))
+        parts["response_mask"].append(pad(batch.response_mask, (0, right)))
+        parts["sampler_logp"].append(pad(batch.sampler_logp, (0, right)))
+        found, numbers = batch.prompt_index.unique_consecutive(return_inverse=True)
+        prompt_index.append(numbers + prompts)
+        prompts += len(found)
+        texts += batch.texts
+        finish_reasons += batch.finish_reasons
+    tensors = {name: torch.cat(x) for name, x in parts.items()}
+    batch = Rollouts(**tensors, prompt_index=torch.cat(prompt_index), texts=texts, finish_reasons=finish_reasons)
+    batch["row"] = torch.arange(len(texts), device=batch.input_ids.device)  # [B]
+    return batch
+
+
+def left_pad(prompts: list[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask of P prompts, [P, L] each."""
     ids = [torch.tensor(prompt) for prompt in prompts]
     ones = [torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]
-    ids = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
+    ids = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left")
     mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side="left")
     return ids.to(device), mask.to(device)
 

@@ -78,14 +78,26 @@ class Policy(torch.nn.Module):
 
 
 class WithoutAdapter:
-    """The policy before the training of its adapter, called like it: the same model, whose own weights are frozen."""
+    """The policy before the training of its adapter, used like it: the same model, whose own weights are frozen."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
+        self.model = policy.model
 
     @torch.no_grad()
     def __call__(self, batch: Rollouts, temperature: float, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         return self.policy(batch, temperature, dtype, adapter=False)
+
+    def activate(self) -> None:
+        """Let the model compute without its adapter."""
+        adapters.use(self.model, None)
+
+    def weights(self):
+        """Yield (name, tensor) of the language model without the adapter, one at a time."""
+        yield from adapters.merged_weights(self.model, None)
+
+    def eval(self) -> None:
+        self.policy.eval()
 
 
 def make_policy(config, device: torch.device):

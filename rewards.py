@@ -18,11 +18,10 @@ A response whose answer cannot be checked gets 0, and is counted in the metric `
 
 import inspect
 import math
-import sys
 from difflib import get_close_matches
 from statistics import fmean, stdev
 
-from plumbing.fail import UserError, fail, first_line
+from plumbing.fail import fail, first_line
 from verifiers import TAGS, Unchecked, final_answers, is_right
 
 REWARDS = {}
@@ -145,9 +144,7 @@ def score_one(name: str, response: str, example: dict, **more) -> float:
     except Exception:  # None, a list, a tensor of two numbers: of many types
         number = math.nan
     if not math.isfinite(number):
-        message = f"reward {name!r} returned {value!r:.40}; return a number on every path"
-        print(message, file=sys.stderr)  # from whichever process it is; fail() is silent in all but the first
-        raise UserError(message)
+        fail(f"reward {name!r} returned {value!r:.40}; return a number on every path", here=True)
     return number
 
 

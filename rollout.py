@@ -120,7 +120,9 @@ class HFSampler:
             )
 
     def push(self, policy) -> None:
-        """The sampler has the policy's own weights, so there is nothing to copy."""
+        """Sample from this policy from now on: from its own weights, so there is nothing to copy."""
+        self.policy = policy
+        self.model = policy.model
         policy.eval()  # layers that were checkpointed in the update would drop the cache
 
     def sleep(self) -> None:
@@ -317,10 +319,11 @@ class VLLMSampler:
         self.noise = self.gap()  # both sides have the same weights yet: this is what rounding does
 
     def push(self, policy) -> None:
-        """Give vLLM the policy's present weights, wake it, and stop if they evidently did not arrive.
+        """Give vLLM this policy's present weights, wake it, and stop if they evidently did not arrive.
 
         The check finds weights that are lost, not weights that are one small update old.
         """
+        self.policy = policy
         torch.cuda.empty_cache()  # vLLM cannot wake in memory that torch merely keeps
         self.llm.wake_up(tags=["weights"])  # does nothing where it is awake
         self.load(policy)

@@ -1,16 +1,19 @@
 """The reference curves: every script on the default task, with the same sampling and the same number of rollouts.
 
+    python benchmarks/curves.py clips     GSPO's clip at its default rate, two seeds each: benchmarks/clips.csv
     python benchmarks/curves.py sweep     learning rates, two seeds each: benchmarks/sweep.csv
     python benchmarks/curves.py seeds     the best learning rate of each, five other seeds: benchmarks/curves.csv
     python benchmarks/curves.py costs     seconds and memory of a step, one run at a time: benchmarks/costs.csv
-    python benchmarks/curves.py draw      docs/curves.png from these files, and their tables
+    python benchmarks/curves.py draw      docs/curves.png and docs/family.png from these files, and their tables
 
-All flags but the learning rate are the scripts' own defaults. The best learning rate is the one with the highest
+All flags but the learning rate are the scripts' own defaults. Patches in family/ whose loss has the scale of their
+base's take the base's learning rate; the others are swept too. The best learning rate is the one with the highest
 held-out accuracy (eval_pass@1) after the last step, averaged over the seeds; of rates equal to two digits, the one with
 the higher mean over the evaluations. If it is at the edge of those tried, the sweep tries the next one too. Tuning and
 reporting use different seeds. Runs lie in runs/curves; one that is there already is not made again, so an interrupted
 command goes on. dpo.py and its relatives see no rollouts but pairs of answers of the first policy, so their steps are
-not those of the others. G = 1 is canonical PPO, with one response to each of 128 questions; with V = 0 the value
+not those of the others. dapo.py may sample several rollouts for a step; its curves are drawn over rollouts like the
+others'. G = 1 is canonical PPO, with one response to each of 128 questions; with V = 0 the value
 network never learns, and the mean over the batch, which whitening subtracts, is the only baseline.
 """
 
@@ -49,7 +52,28 @@ COMMANDS = {  # name -> what is run
     "dpo_norm": ["family/dpo_norm.py"],
     "simpo": ["family/simpo.py"],
     "ipo": ["family/ipo.py"],
+    "reinforce": ["family/reinforce.py"],
+    "gspo": ["family/gspo.py"],
+    "maxrl": ["family/maxrl.py"],
+    "cispo": ["family/cispo.py"],
+    "reinforce_pp": ["family/reinforce_pp.py"],
+    "dapo": ["family/dapo.py", "--eval-every", "5"],
+    "rft": ["family/rft.py"],
+    "rft, offline": ["family/rft.py", "--offline"],
+    "grpo, 8 updates": ["grpo.py", "--minibatches", "8"],
+    "gspo, 8 updates": ["family/gspo.py", "--minibatches", "8"],
+    "cispo, 8 updates": ["family/cispo.py", "--minibatches", "8"],
+    "dapo, 8 updates": ["family/dapo.py", "--minibatches", "8", "--eval-every", "5"],
 }
+RATE_OF = {  # patches with the learning rate of another script: the scale of their losses is the same
+    "reinforce": "rloo",
+    "maxrl": "grpo",
+    "reinforce_pp": "grpo",
+    "dapo": "grpo",
+    "rft, offline": "rft",
+}
+SWEPT = [name for name in COMMANDS if name not in RATE_OF]
+CLIPS = ["3e-4", "1e-3", "3e-3", "1e-2", "3e-2"]  # below; above it is 4/3 of that, as in the paper
 RATES = [2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3]  # those that a sweep may come to
 FIRST = slice(1, 4)  # those it begins with
 SWEEP_SEEDS = [100, 101]
@@ -79,13 +103,13 @@ PROCESSES = int(os.environ.get("PROCESSES", 1))  # runs at a time, in sweep and 
 # --- running ---
 
 
-def run(name: str, lr: float, seed: int) -> list[dict]:
+def run(name: str, lr: float, seed: int, *flags) -> list[dict]:
     """The metrics of a run, one record per step; the run is made if it is not there."""
-    folder = RUNS / f"{re.sub('[^a-zA-Z0-9_]+', '-', name)}-{lr:g}-{seed}"
+    folder = RUNS / f"{re.sub('[^a-zA-Z0-9_]+', '-', ' '.join([name, *flags]))}-{lr:g}-{seed}"
     records = finished(folder)
     if records:
         return records
-    command = [*COMMANDS[name], "--lr", lr, "--seed", seed, "--out", folder]
+    command = [*COMMANDS[name], *flags, "--lr", lr, "--seed", seed, "--out", folder]
     if (folder / "checkpoint.pt").exists():
         command += ["--resume", folder]
     else:  # there may be what was interrupted before its first checkpoint
@@ -117,9 +141,9 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def run_all(jobs: list[tuple]) -> list[tuple]:
-    """[(name, lr, seed, records)] of these (name, lr, seed)."""
+    """[(job, records)] of these jobs, each (name, lr, seed) and perhaps more flags."""
     with ThreadPoolExecutor(PROCESSES) as pool:
-        return [(*job, records) for job, records in zip(jobs, pool.map(run_job, jobs), strict=True)]
+        return list(zip(jobs, pool.map(run_job, jobs), strict=True))
 
 
 def run_job(job: tuple) -> list[dict]:
@@ -131,16 +155,30 @@ def accuracies(records: list[dict]) -> list[float]:
     return [record["eval_pass@1"] for record in records[1:] if "eval_pass@1" in record]
 
 
-# --- learning rates ---
+# --- learning rates, and a clip ---
+
+
+def clips() -> None:
+    """GSPO with clips of several sizes; write clips.csv."""
+    jobs = []
+    for clip in CLIPS:
+        for seed in SWEEP_SEEDS:
+            jobs.append(("gspo", 1e-4, seed, "--clip-low", clip, "--clip-high", f"{float(clip) * 4 / 3:g}"))
+    rows = []
+    for (_, _, seed, _, clip, *_), records in run_all(jobs):
+        clipped = np.mean([record["clip_fraction"] for record in records[1:]])
+        found = accuracies(records)
+        rows.append((clip, seed, f"{found[0]:.4f}", f"{found[-1]:.4f}", f"{clipped:.4f}"))
+    write("clips.csv", ("clip_low", "seed", "after_20", "final", "clip_fraction"), rows)
 
 
 def sweep() -> None:
     """Try learning rates until the best one of each script has a worse one on either side; write sweep.csv."""
-    rates = {name: set(RATES[FIRST]) for name in COMMANDS}
+    rates = {name: set(RATES[FIRST]) for name in SWEPT}
     while True:
         try_rates(rates)
         more = {}
-        for name in COMMANDS:
+        for name in SWEPT:
             best = RATES.index(best_rate(name))
             neighbours = RATES[max(0, best - 1) : best + 2]
             more[name] = rates[name] | set(neighbours)
@@ -152,12 +190,12 @@ def sweep() -> None:
 def try_rates(rates: dict[str, set[float]]) -> None:
     """Make the runs of these learning rates, and write sweep.csv."""
     jobs = []
-    for name in COMMANDS:
+    for name in SWEPT:
         for lr in sorted(rates[name]):
             for seed in SWEEP_SEEDS:
                 jobs.append((name, lr, seed))
     rows = []
-    for name, lr, seed, records in run_all(jobs):
+    for (name, lr, seed), records in run_all(jobs):
         found = accuracies(records)
         rows.append((name, f"{lr:g}", seed, f"{found[-1]:.4f}", f"{np.mean(found):.4f}"))
     write("sweep.csv", ("script", "lr", "seed", "final", "mean"), rows)
@@ -165,6 +203,7 @@ def try_rates(rates: dict[str, set[float]]) -> None:
 
 def best_rate(name: str) -> float:
     """The learning rate with the highest final accuracy; of those equal to two digits, the one that learns fastest."""
+    name = RATE_OF.get(name, name)
     found = {}  # learning rate -> final and mean accuracy of each seed
     for row in read("sweep.csv"):
         if row["script"] == name:
@@ -184,11 +223,13 @@ def seeds() -> None:
         for seed in SEEDS:
             jobs.append((name, best_rate(name), seed))
     rows = []
-    for name, lr, seed, records in run_all(jobs):
+    for (name, lr, seed), records in run_all(jobs):
+        rollouts = 0  # of 128 responses, so far
         for record in records:
+            rollouts += record.get("rounds", int(record["step"] > 0))
             cells = [format_number(record.get(metric)) for metric in METRICS]
-            rows.append((name, f"{lr:g}", seed, record["step"], *cells))
-    write("curves.csv", ("script", "lr", "seed", "step", *METRICS), rows)
+            rows.append((name, f"{lr:g}", seed, record["step"], rollouts, *cells))
+    write("curves.csv", ("script", "lr", "seed", "step", "rollouts", *METRICS), rows)
 
 
 def format_number(x: float | None) -> str:
@@ -299,16 +340,22 @@ PANELS = [
 
 
 def curve(rows: list[dict], name: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [S] and values [seeds, S] of a script, where all its seeds have a value; a running mean of 5 if dense."""
-    values = {}  # step -> the value of each seed
+    """Rollouts [S] and values [seeds, S] of a script; between those of a run, lines. Dense ones: a running mean of 5."""
+    runs = {}  # seed -> rollouts and values
     for row in rows:
         if row["script"] == name and row[metric]:
-            values.setdefault(int(row["step"]), []).append(float(row[metric]))
-    steps = sorted(step for step, found in values.items() if len(found) == len(SEEDS))
-    y = np.array([values[step] for step in steps]).T  # [seeds, S]
-    if len(steps) > 20:
-        y = np.array([running_mean(of_seed) for of_seed in y])
-    return np.array(steps), y
+            runs.setdefault(row["seed"], []).append((int(row["rollouts"]), float(row[metric])))
+    if metric.startswith("eval"):
+        x = np.array([0, 20, 40, 60, 80])
+    else:
+        first = max(found[0][0] for found in runs.values())
+        last = min(found[-1][0] for found in runs.values())
+        x = np.arange(first, min(last, 80) + 1)
+    y = []
+    for found in runs.values():
+        values = np.interp(x, *zip(*found, strict=True))
+        y.append(values if metric.startswith("eval") else running_mean(values))
+    return x, np.array(y)
 
 
 def running_mean(y: np.ndarray) -> list[float]:
@@ -415,7 +462,7 @@ def table_row(*cells) -> str:
 
 
 if __name__ == "__main__":
-    commands = {"sweep": sweep, "seeds": seeds, "costs": costs, "draw": draw}
+    commands = {"clips": clips, "sweep": sweep, "seeds": seeds, "costs": costs, "draw": draw}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        fail("usage: python benchmarks/curves.py sweep|seeds|costs|draw")
+        fail("usage: python benchmarks/curves.py clips|sweep|seeds|costs|draw")
     commands[sys.argv[1]]()

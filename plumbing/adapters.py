@@ -70,9 +70,10 @@ def use(model, name: str | None) -> None:
             p.requires_grad_(True)
 
 
-def merged_weights(model, name: str = POLICY):
+def merged_weights(model, name: str | None = POLICY):
     """Yield (name, tensor) of the weights as a model without adapters or shards has them, one tensor at a time.
 
+    name: of the adapter that is added to them; None: of none
     All processes have to take all of them, if the model is sharded.
     """
     layers = adapted_layers(model)
@@ -82,10 +83,10 @@ def merged_weights(model, name: str = POLICY):
         if not inside:
             if ".lora_" not in key:
                 yield key, x
-        elif rest == "weight":
+        elif rest == "weight" and name:
             delta = whole(layers[path].get_delta_weight(name))
             yield f"{path}.{rest}", (x.to(delta.dtype) + delta).to(x.dtype)
-        else:  # a bias
+        else:  # a bias, or without the adapter
             yield f"{path}.{rest}", x
 
 

@@ -24,8 +24,11 @@ def say(message: str) -> None:
         print(message)
 
 
-def fail(message: str) -> NoReturn:
-    """End the run with status 2 and a line on standard error that says what to do."""
-    if os.environ.get("RANK", "0") == "0":
+def fail(message: str, here: bool = False) -> NoReturn:
+    """End the run with status 2 and a line on standard error that says what to do.
+
+    here: it is about what this process has, and the others may be well; without it, the first process speaks for all
+    """
+    if here or os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
     raise UserError(message)

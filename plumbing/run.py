@@ -244,6 +244,13 @@ class Run:
             f"{self.folder / 'not_finite.jsonl'}; a lower --lr is the usual remedy"
         )
 
+    def give_up(self, step: int, reason: str) -> NoReturn:
+        """End the run before this step changes anything; all that the steps before it did is saved."""
+        if step > self.first_step:
+            self.save(step - 1)
+        self.bar.close()  # so that the message has a line of its own
+        fail(f"step {step}: {reason}")
+
     def show_progress(self) -> None:
         """A few metrics beside the progress bar."""
         shown = []
