@@ -1,6 +1,7 @@
 """The policy and the value network: loading a model, and what it says about each token of a batch of responses."""
 
 import copy
+from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -41,12 +42,17 @@ class Policy(torch.nn.Module):
             adapters.add_adapter(model, adapters.POLICY, lora_rank)
 
     def forward(
-        self, batch: Rollouts, temperature: float, dtype=torch.float32, adapter: bool = True
+        self,
+        batch: Rollouts,
+        temperature: float,
+        dtype=torch.float32,
+        adapter: bool = True,
+        entropy_gradient: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the response tokens, [B, T] each: see token_logprobs. adapter: or without it"""
         if self.lora_rank:
             adapters.use(self.model, adapters.POLICY if adapter else None)
-        return token_logprobs(self.model, batch, temperature, dtype)
+        return token_logprobs(self.model, batch, temperature, dtype, entropy_gradient)
 
     def activate(self) -> None:
         """Let the model compute as the policy: with its adapter, where it has several, or none is in use."""
@@ -117,18 +123,30 @@ def load_policy(
     gradient_checkpointing: bool = False,
     lora_rank: int = 0,
     frozen_dtype: torch.dtype = torch.float32,
+    flag: str = "--model",
 ):
     """(policy, tokenizer) of a Hugging Face folder, or of a name on the Hub; of an adapter's folder it is merged.
 
     frozen_dtype: with LoRA, of the weights that are not trained, which need no more than bf16
+    flag: what names the path on the command line
     """
-    model, tokenizer = load_model(path, device)
+    model, tokenizer = load_model(path, device, flag)
     if lora_rank:
         model.to(frozen_dtype)
     return Policy(model, gradient_checkpointing, lora_rank), tokenizer
 
 
-def load_model(path: str, device: torch.device):
+def load_teacher(path: str, device: torch.device, tokenizer):
+    """The policy of --teacher, frozen; refused if it does not have the tokens of this tokenizer, the student's."""
+    if path.count("/") > 1 and not Path(path).exists():  # no name on the Hub
+        fail(f"--teacher {path}: there is no such folder; python grpo.py --out runs/teacher makes one")
+    teacher, its_tokenizer = load_policy(path, device, flag="--teacher")
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        fail(f"--teacher {path}: its tokens are not those of --model; give a model of the same family")
+    return teacher.requires_grad_(False)
+
+
+def load_model(path: str, device: torch.device, flag: str = "--model"):
     """(language model, tokenizer) of a Hugging Face folder, or of a name on the Hub.
 
     The weights are in float32: in bfloat16 an update of 1e-6 would be lost to rounding.
@@ -136,7 +154,7 @@ def load_model(path: str, device: torch.device):
     from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: --help does not wait seconds for it
 
     quieten_transformers()
-    check_folder("--model", path, adapter_too=True)
+    check_folder(flag, path, adapter_too=True)
     base = adapters.base_of(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
@@ -146,23 +164,23 @@ def load_model(path: str, device: torch.device):
         if base != path:
             model = adapters.merge_folder(model, path)
     except Exception as error:  # of many types: no such model, no network, an unknown architecture, a broken file
-        fail(f"--model {path} cannot be loaded ({type(error).__name__}): {first_line(error)}")
+        fail(f"{flag} {path} cannot be loaded ({type(error).__name__}): {first_line(error)}")
     missing = sorted(report["missing_keys"])
     if missing:  # Transformers would make them up
-        fail(f"--model {path}: {len(missing)} of its weights are not in its files, such as {missing[0]}")
-    check_model("--model", path, model)
-    check_tokenizer("--model", path, tokenizer, model)
+        fail(f"{flag} {path}: {len(missing)} of its weights are not in its files, such as {missing[0]}")
+    check_model(flag, path, model)
+    check_tokenizer(flag, path, tokenizer, model)
     model.to(device)
     model.eval()
     try:  # with a few tokens
         head_is_last = logits_are_head_of_states(model)
         padding_is_ignored = head_is_last and padding_changes_nothing(model, tokenizer)
     except Exception as error:  # of many types: each architecture has its own ways
-        fail(f"--model {path} does not work here ({type(error).__name__}): {first_line(error)}")
+        fail(f"{flag} {path} does not work here ({type(error).__name__}): {first_line(error)}")
     if not head_is_last:
-        fail(f"--model {path}: it changes its logits after the LM head, which is not supported here")
+        fail(f"{flag} {path}: it changes its logits after the LM head, which is not supported here")
     if not padding_is_ignored:
-        fail(f"--model {path}: padding changes its log-probs, so a batch of responses would get wrong ones")
+        fail(f"{flag} {path}: padding changes its log-probs, so a batch of responses would get wrong ones")
     return model, tokenizer
 
 
@@ -203,13 +221,14 @@ def quieten_transformers() -> None:
 
 
 def token_logprobs(
-    model, batch: Rollouts, temperature: float, dtype=torch.float32
+    model, batch: Rollouts, temperature: float, dtype=torch.float32, entropy_gradient: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the response tokens, with gradient, and entropies in nats, without: [B, T], 0 off the mask.
+    """Log-probs of the response tokens, with gradient, and entropies in nats: [B, T], 0 off the mask.
 
     Taken at the sampling temperature: the policy that acted is softmax(logits / temperature). The LM head runs on
     response positions only and in chunks, so the logits [B, T, V] are never all in memory.
     dtype: of the softmax and the results; float64, with a model in float64, is for comparing with another reference
+    entropy_gradient: whether the entropies have a gradient too, for an entropy bonus
     """
     hidden = response_states(model.base_model, batch)  # [N, H] N response tokens
     targets = batch.response_ids[batch.response_mask]  # [N]
@@ -219,9 +238,11 @@ def token_logprobs(
     entropies = []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         if len(targets) > chunk:  # the logits of a chunk are not kept for the backward pass, but computed again
-            logp, entropy = checkpoint(head_logprobs, head, h, y, temperature, dtype, use_reentrant=False)
+            logp, entropy = checkpoint(
+                head_logprobs, head, h, y, temperature, dtype, entropy_gradient, use_reentrant=False
+            )
         else:
-            logp, entropy = head_logprobs(head, h, y, temperature, dtype)
+            logp, entropy = head_logprobs(head, h, y, temperature, dtype, entropy_gradient)
         logps.append(logp)
         entropies.append(entropy)
     logp = on_mask(torch.cat(logps), batch.response_mask)  # [B, T]
@@ -229,11 +250,14 @@ def token_logprobs(
     return logp, entropy
 
 
-def head_logprobs(head, hidden, targets, temperature, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def head_logprobs(
+    head, hidden, targets, temperature, dtype, entropy_gradient: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each target and entropy of its distribution, [N] each, from hidden states [N, H]."""
     with own_cast(hidden.device):
         log_p = (head(hidden).to(dtype) / temperature).log_softmax(-1)  # [N, V]
-    entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)  # [N]
+    spread = log_p if entropy_gradient else log_p.detach()  # [N, V]
+    entropy = -(spread.exp() * spread).sum(-1)  # [N]
     logp = log_p.gather(-1, targets[:, None]).squeeze(-1)  # [N]
     return logp, entropy
 
@@ -268,6 +292,23 @@ def response_states(body, batch: Rollouts) -> torch.Tensor:
     T = batch.response_mask.shape[1]
     before_each = output.last_hidden_state[:, -T - 1 : -1]  # [B, T, H] the state of the token before each
     return before_each[batch.response_mask]  # [N, H]
+
+
+def one_token_more(batch: Rollouts) -> Rollouts:
+    """The batch with one more token after each response: before it comes the state of the response's last token."""
+    T = batch.response_mask.shape[1]
+    columns = torch.arange(T + 1, device=batch.response_mask.device)  # [T + 1]
+    response_mask = columns <= batch.lengths[:, None]  # [B, T + 1]
+    prompt_mask = batch.attention_mask[:, : batch.prompt_width]  # [B, L]
+    return Rollouts(
+        input_ids=torch.nn.functional.pad(batch.input_ids, (0, 1)),  # which token it is does not matter
+        attention_mask=torch.cat([prompt_mask, response_mask.long()], dim=1),
+        response_mask=response_mask,
+        sampler_logp=torch.nn.functional.pad(batch.sampler_logp, (0, 1)),
+        prompt_index=batch.prompt_index,
+        texts=batch.texts,
+        finish_reasons=batch.finish_reasons,
+    )
 
 
 @torch.no_grad()
@@ -310,10 +351,16 @@ class Value(torch.nn.Module):
                 self.head.bias.data.copy_(head.bias)
         self.eval()  # no dropout
 
-    def forward(self, batch: Rollouts, dtype=torch.float32) -> torch.Tensor:
-        """V_t of the response tokens, with gradient: [B, T], 0 off the mask. V_t is taken before token t."""
+    def forward(self, batch: Rollouts, dtype=torch.float32, after: bool = False) -> torch.Tensor:
+        """V_t of the response tokens, with gradient: [B, T], 0 off the mask. V_t is taken before token t.
+
+        after: or after it, so that it knows the token; then it is no value but a judgement
+        """
         if self.lora_rank:
             adapters.use(self.body, adapters.VALUE)
+        if after:
+            longer = one_token_more(batch)
+            return self.forward(longer, dtype)[:, 1:] * batch.response_mask
         V = self.head(response_states(self.body, batch)).squeeze(-1)  # [N]
         return on_mask(V.to(dtype), batch.response_mask)
 
@@ -325,12 +372,15 @@ class Value(torch.nn.Module):
 
 
 def make_value(config, policy: Policy, tokenizer) -> Value:
-    """The value network that --value-model names, or a copy of the policy; with --lora-rank, on the policy's body."""
+    """The value network that --value-model names, or a copy of the policy; with --lora-rank, on the policy's body.
+
+    Scripts without that flag begin with the copy.
+    """
     device = policy.model.device
     checkpointing = config.gradient_checkpointing
     if config.lora_rank:
         return Value(policy.model.base_model, None, checkpointing, config.lora_rank).to(device)
-    path = config.value_model or config.model
+    path = getattr(config, "value_model", "") or config.model
     if config.shard:
         return shard(load_value(path, torch.device("cpu"), tokenizer, checkpointing))
     return load_value(path, device, tokenizer, checkpointing)

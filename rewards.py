@@ -16,13 +16,17 @@ verifiers.py says which answer is right.
 A response whose answer cannot be checked gets 0, and is counted in the metric `unchecked`.
 """
 
+import bisect
 import inspect
+import itertools
 import math
+import re
+import unicodedata
 from difflib import get_close_matches
 from statistics import fmean, stdev
 
 from plumbing.fail import fail, first_line
-from verifiers import TAGS, Unchecked, final_answers, is_right
+from verifiers import TAGS, Unchecked, final_answers, has_steps, is_right, judge_steps
 
 REWARDS = {}
 BY_NAME = ("tokens", "finish_reason")  # what a reward gets, besides response and example, if it has such an argument
@@ -214,6 +218,58 @@ def r1_zero(response: str, example: dict) -> float:
     return accuracy(response, example)
 
 
+@reward
+def repetition(response: str, example: dict) -> float:
+    """How much of the response was there before: the share of its runs of 4 words that are not the first of their kind.
+
+    Words end at spaces and commas. Give it a negative weight.
+    """
+    words = re.findall(r"[^\s,]+", response)
+    runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    if not runs:
+        return 0.0
+    return 1 - len(set(runs)) / len(runs)
+
+
+@reward
+def mixed_language(response: str, example: dict) -> float:
+    """The share of letters that are not of the writing system most of them are of; Greek ones are maths, and count not.
+
+    Chinese characters and Japanese syllables are one system. Give it a negative weight.
+    """
+    counts = {}  # writing system -> letters
+    for letter in filter(str.isalpha, response):
+        system = unicodedata.name(letter, "UNKNOWN").split()[0]
+        if system in ("HIRAGANA", "KATAKANA"):
+            system = "CJK"
+        if system != "GREEK":
+            counts[system] = counts.get(system, 0) + 1
+    if not counts:
+        return 0.0
+    return 1 - max(counts.values()) / sum(counts.values())
+
+
+@reward
+def bad_pattern(response: str, example: dict, finish_reason: str) -> float:
+    """1 if the response was cut off, repeats itself, or mixes languages; else 0. Give it a negative weight."""
+    if finish_reason == "length":
+        return 1.0
+    if repetition(response, example) > 0.3:
+        return 1.0
+    if mixed_language(response, example) > 0.1:
+        return 1.0
+    return 0.0
+
+
+@reward
+def exploration(response: str, example: dict, tokens: list) -> float:
+    """n / (n + 100) for n tokens: longer is better, ever less so, whether the answer is right or wrong.
+
+    RLSP (the code of Emergence-of-Thinking) subtracts 1000/n instead, which has no bound: at 10 tokens it is 100.
+    """
+    return len(tokens) / (len(tokens) + 100)
+
+
 class RewardModel:
     """A learned reward: a Hugging Face sequence-classification model with one label, and its own tokenizer.
 
@@ -260,6 +316,37 @@ class RewardModel:
         with torch.no_grad():
             logits = self.model(ids.to(self.device)).logits  # [1, 1]
         return logits.item()
+
+
+# --- rewards of steps ---
+
+
+def check_steps(examples: list[dict]) -> None:
+    """End the run (SystemExit) if there is a question whose steps cannot be judged."""
+    for example in examples:
+        if not has_steps(example):
+            fail(f"no judge of steps for questions like {example['question']!r:.60}; give --task arithmetic")
+
+
+def score_steps(batch, examples: list[dict], tokenizer):
+    """Rewards of the steps of B responses, at the last token of each step, and where these are: [B, T] each.
+
+    The last step is the answer, which ends at the last token of the response. Off the ends of steps the reward is 0.
+    """
+    import torch
+
+    rewards = torch.zeros_like(batch.sampler_logp)  # [B, T]
+    ends = torch.zeros_like(batch.response_mask)  # [B, T]
+    for i, (ids, length) in enumerate(zip(batch.response_ids.tolist(), batch.lengths.tolist(), strict=True)):
+        pieces = [tokenizer.decode([token]) for token in ids[:length]]
+        after = list(itertools.accumulate(len(piece) for piece in pieces))  # characters up to the end of each token
+        for end, right in judge_steps("".join(pieces), examples[i]):
+            t = bisect.bisect_left(after, end)  # the token in which the step's last character is
+            rewards[i, t] = right
+            ends[i, t] = True
+        rewards[i, length - 1] = float(is_right(batch.texts[i], examples[i]))  # the answer
+        ends[i, length - 1] = True
+    return rewards, ends
 
 
 # --- pass@k ---

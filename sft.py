@@ -9,6 +9,7 @@ demonstrations of very mixed quality on the arithmetic task, and with --model sc
 how the tiny model of this repository was made. The exact command and what came out of it are in tiny/README.md.
 
     python sft.py --model scratch                        the tiny model, a few minutes on a CPU
+    python sft.py --hidden-size 256 --layers 4           a larger one, of 2.7 M parameters: a teacher for family/opd.py
     python sft.py --model HuggingFaceTB/SmolLM2-135M --data pairs.jsonl --lr 2e-5 --steps 200
 """
 
@@ -34,6 +35,8 @@ from tiny.make import demonstrations, new_model
 class Config(RunConfig):  # template, evaluation and the like: plumbing/flags.py
     model: str = "scratch"  # Hugging Face folder or Hub name of the model to train; scratch: a new tiny one
     task: str = "arithmetic"  # what it is evaluated on
+    hidden_size: int = 128  # of a new model; a multiple of 32
+    layers: int = 2  # of a new model
     data: tuple[str, ...] = ()  # file or Hub set of prompt/response pairs; a second one is held out; empty: arithmetic
     sampler: Literal["auto", "hf", "vllm"] = "hf"  # what writes the responses it is evaluated on
     eval_every: int = 500  # steps between evaluations; 0: only before and after
@@ -64,11 +67,13 @@ def main(config: Config) -> None:
     accelerator = run.accelerator
     if check_sampler(config.sampler) == "vllm" and config.model == "scratch":
         fail("--sampler vllm loads a model from a folder: a new one needs --sampler hf")
+    if config.hidden_size % 32:
+        fail(f"--hidden-size {config.hidden_size}: it must be a multiple of 32, the width of an attention head")
     task = read_task(dataclasses.replace(config, data=()))  # wrong data end the run here, before the weights are loaded
     pairs, held_out = load_demonstrations(config.data) if config.data else (demonstrations(), [])
 
     if config.model == "scratch":
-        model, tokenizer = new_model(config.seed)
+        model, tokenizer = new_model(config.seed, config.hidden_size, config.layers)
         policy = Policy(model.to(accelerator.device), config.gradient_checkpointing, config.lora_rank)
     else:
         policy, tokenizer = make_policy(config, accelerator.device)

@@ -13,7 +13,9 @@ is_right(response, example) finds the final answer of the response and checks it
 3. Maths. The same value by math-verify, exactly where both are exact. Words are compared as words, and so is a gold
    answer that was not wholly parsed; numbers in another base keep their base.
 4. Countdown. An expression of + - * / and parentheses that uses each given number once and reaches the target.
-5. The judge. An answer that could not be checked is not called wrong: Unchecked is raised. A judge that does not work
+5. Steps. In a sum like 3+5+9= each step of the thinking, which a comma or </think> ends, has to add the next number to
+   the result of the step before.
+6. The judge. An answer that could not be checked is not called wrong: Unchecked is raised. A judge that does not work
    at all ends the run.
 
 An `example` comes from data.py: a dict with "question", "answer" and "verifier", which is one of
@@ -565,6 +567,42 @@ def parse_atom(tokens: list[str]) -> Fraction:
     if not tokens or tokens.pop() != ")":
         raise ValueError("unclosed parenthesis")
     return value
+
+
+# --- rule 5: steps ---
+
+SUM = re.compile(r"[0-9]+(?:\+[0-9]+)+=")  # a question whose steps can be judged
+ADDITION = re.compile(r"([0-9]+)\+([0-9]+)=([0-9]+)")  # a step
+
+
+def has_steps(example: dict) -> bool:
+    """Whether the steps of a response to this question can be judged."""
+    return SUM.fullmatch(example["question"]) is not None
+
+
+def judge_steps(response: str, example: dict) -> list[tuple[int, float]]:
+    """The steps of the thinking: where each ends, as a number of characters, and 1 if it is right, else 0.
+
+    A step is right if it adds the next number of the question to the result of the step before, so nothing is gained by
+    saying one twice. What is cut off before its end is no step.
+    """
+    previous, *numbers = [int(number) for number in example["question"].removesuffix("=").split("+")]
+    thinking, closing, _ = response.partition("</think>")
+    judged = []
+    for match in re.finditer("[^,]*,|[^,]+$", thinking):
+        is_last = match.end() == len(thinking)
+        if is_last and not closing:  # cut off, or no thinking at all
+            break
+        step = ADDITION.fullmatch(match[0].removeprefix("<think>").removesuffix(",").strip())
+        right = False
+        if step and numbers:
+            a, b, c = (int(number) for number in step.groups())
+            right = a == previous and b == numbers[0] and a + b == c
+            previous = c
+            numbers = numbers[1:]
+        end = match.end() + (len(closing) if is_last else 0)
+        judged.append((end, float(right)))
+    return judged
 
 
 # --- rule 3: maths ---

@@ -39,6 +39,7 @@ from plumbing.fail import fail  # noqa: E402
 
 HERE = ROOT / "benchmarks"
 RUNS = ROOT / "runs" / "curves"
+TEACHER = RUNS / "teacher"  # of opd.py: the tiny model after grpo.py
 COMMANDS = {  # name -> what is run
     "grpo": ["grpo.py"],
     "dr_grpo": ["dr_grpo.py"],
@@ -60,6 +61,12 @@ COMMANDS = {  # name -> what is run
     "dapo": ["family/dapo.py", "--eval-every", "5"],
     "rft": ["family/rft.py"],
     "rft, offline": ["family/rft.py", "--offline"],
+    "opd": ["family/opd.py", "--teacher", f"{TEACHER}/model"],
+    "opd, discount 1": ["family/opd.py", "--teacher", f"{TEACHER}/model", "--discount", "1"],
+    "process_grpo": ["family/process_grpo.py"],
+    "t1": ["family/t1.py"],
+    "vapo": ["family/vapo.py"],
+    "oreal": ["family/oreal.py"],
     "grpo, 8 updates": ["grpo.py", "--minibatches", "8"],
     "gspo, 8 updates": ["family/gspo.py", "--minibatches", "8"],
     "cispo, 8 updates": ["family/cispo.py", "--minibatches", "8"],
@@ -71,6 +78,8 @@ RATE_OF = {  # patches with the learning rate of another script: the scale of th
     "reinforce_pp": "grpo",
     "dapo": "grpo",
     "rft, offline": "rft",
+    "process_grpo": "grpo",
+    "t1": "rloo",
 }
 SWEPT = [name for name in COMMANDS if name not in RATE_OF]
 CLIPS = ["3e-4", "1e-3", "3e-3", "1e-2", "3e-2"]  # below; above it is 4/3 of that, as in the paper
@@ -89,6 +98,7 @@ PASSES = {  # name -> models in memory, forward and backward passes over a rollo
 }
 METRICS = [
     "eval_pass@1",
+    "eval_accuracy",
     "reward",
     "accuracy",
     "response_length_right",
@@ -120,6 +130,13 @@ def run(name: str, lr: float, seed: int, *flags) -> list[dict]:
         fail(f"{name} with --lr {lr:g} --seed {seed} failed: {result.stderr[-500:]}")
     print(f"{name}, lr {lr:g}, seed {seed}: done", flush=True)
     return finished(folder)
+
+
+def make_teacher() -> None:
+    """The teacher of opd.py, if it is not there."""
+    if not finished(TEACHER):
+        command = [sys.executable, "grpo.py", "--out", TEACHER]
+        subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, check=True)
 
 
 def one_thread() -> dict[str, str]:
@@ -166,7 +183,7 @@ def clips() -> None:
             jobs.append(("gspo", 1e-4, seed, "--clip-low", clip, "--clip-high", f"{float(clip) * 4 / 3:g}"))
     rows = []
     for (_, _, seed, _, clip, *_), records in run_all(jobs):
-        clipped = np.mean([record["clip_fraction"] for record in records[1:]])
+        clipped = np.mean([record.get("clip_fraction", 0) for record in records[1:]])
         found = accuracies(records)
         rows.append((clip, seed, f"{found[0]:.4f}", f"{found[-1]:.4f}", f"{clipped:.4f}"))
     write("clips.csv", ("clip_low", "seed", "after_20", "final", "clip_fraction"), rows)
@@ -174,6 +191,7 @@ def clips() -> None:
 
 def sweep() -> None:
     """Try learning rates until the best one of each script has a worse one on either side; write sweep.csv."""
+    make_teacher()
     rates = {name: set(RATES[FIRST]) for name in SWEPT}
     while True:
         try_rates(rates)
@@ -218,6 +236,7 @@ def best_rate(name: str) -> float:
 
 def seeds() -> None:
     """Five seeds of each script at its best learning rate; write curves.csv."""
+    make_teacher()
     jobs = []
     for name in COMMANDS:
         for seed in SEEDS:
@@ -340,7 +359,7 @@ PANELS = [
 
 
 def curve(rows: list[dict], name: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rollouts [S] and values [seeds, S] of a script; between those of a run, lines. Dense ones: a running mean of 5."""
+    """Rollouts [S] and values [seeds, S] of a script, on straight lines between those measured; dense ones smoothed."""
     runs = {}  # seed -> rollouts and values
     for row in rows:
         if row["script"] == name and row[metric]:

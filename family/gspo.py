@@ -12,8 +12,8 @@ For each question x, sample a group of G responses y_1..y_G from the policy pi_o
 
 The reward is given to a response, so the ratio is one of responses too; GRPO (grpo.py) has one for each token, a single
 sample of a weight. s_i moves far less than a token's ratio, hence the paper's clip of 3e-4 below and 4e-4 above. It
-belongs to learning rates of 1e-6; at that of the tiny model it would clip nearly all responses, so the defaults here
-are wider, from a sweep (docs/curves.md). All tokens of a response are clipped together or not at all.
+belongs to learning rates of 1e-6; at that of the tiny model it clips a third of all responses, so the defaults here are
+wider, from a sweep (docs/curves.md). All tokens of a response are clipped together or not at all.
 The ratio is 1 until the first update of a rollout: with one update GSPO is GRPO without its clip. Hence four
 minibatches per rollout, as in the paper. GRPO's 1/|y_i| stays. With --tis a response is weighed by the mean of its
 tokens' weights.
@@ -58,8 +58,8 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     minibatches: int = 4  # updates per pass; with a single one the ratio is 1
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     beta: float = 0.0  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
-    clip_low: float = 0.03  # eps below: ratios under 1 - eps are clipped; 3e-4 for a pretrained model
-    clip_high: float = 0.04  # eps above: ratios over 1 + eps are clipped; 4e-4 for a pretrained model
+    clip_low: float = 0.01  # eps below: ratios under 1 - eps are clipped; 3e-4 for a pretrained model
+    clip_high: float = 0.013  # eps above: ratios over 1 + eps are clipped; 4e-4 for a pretrained model
     tis: float = 0.0  # truncated importance sampling: weight by pi_old/pi_sampler, capped at this (try 2); 0: off
 
 

@@ -109,6 +109,8 @@ def check_config(config, processes: int) -> None:
             fail(f"{flag(field.name)} {value}: it must be at least {low}")
     if config.lora_rank and getattr(config, "value_model", ""):
         fail("--value-model: with --lora-rank the value network is an adapter in the policy's body; leave one out")
+    if config.lora_rank and hasattr(config, "ema"):
+        fail("--lora-rank: a moving average of the weights needs weights of its own; leave it out")
     if config.shard:
         check_shards(config, processes)
     if not hasattr(config, "minibatches"):

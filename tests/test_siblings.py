@@ -38,6 +38,11 @@ FAMILY = {
     "reinforce_pp": ("grpo", 30),
     "dapo": ("grpo", 60),
     "rft": ("grpo", 44),
+    "opd": ("grpo", 42),
+    "process_grpo": ("grpo", 50),
+    "t1": ("rloo", 45),
+    "vapo": ("ppo", 40),
+    "oreal": ("grpo", 100),
 }
 LIMITS = {script: ("grpo", limit) for script, limit in BUDGET.items()}
 LIMITS |= {f"family/{name}": limit for name, limit in FAMILY.items()}

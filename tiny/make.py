@@ -55,18 +55,21 @@ def demonstrate(example: dict, kind: str, rng: random.Random) -> str:
     return response + ending
 
 
-def new_model(seed: int):
-    """(model, tokenizer): a Llama of 0.34 M parameters and a tokenizer of single characters and the four tags."""
+def new_model(seed: int, hidden_size: int = 128, layers: int = 2):
+    """(model, tokenizer): a Llama and a tokenizer of single characters and the four tags.
+
+    hidden_size: a multiple of 32; with 128 and 2 layers it has 0.34 M parameters
+    """
     from transformers import LlamaConfig, LlamaForCausalLM  # imported here: --help does not wait seconds for it
 
     tokenizer = new_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
