@@ -27,10 +27,10 @@ advantage it would be 0, as it does not depend on the sampled token), rewards be
 are in the log, and are learned from no more.
 
     python grpo.py --out runs/teacher && python -m family.opd
-        On a CPU, no download: a tiny model is trained by grpo.py, and an untrained one learns from it in a minute.
-    python sft.py --hidden-size 256 --layers 4 --out runs/large && python grpo.py --model runs/large/model \\
+        On a CPU, no download: grpo.py trains a tiny model, and a fresh one learns from it within a minute.
+    python sft.py --hidden-size 256 --layers 4 --out runs/large && python grpo.py --model runs/large/model \
                   --out runs/teacher && python -m family.opd
-        The same from a larger teacher, of 2.7 M parameters, which is made in MM minutes.
+        The same from a larger teacher, of 2.7 M parameters.
     python -m family.opd --model Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct --task gsm8k \
                          --max-new-tokens 512 --lr 1e-6 --steps 200 --tokens-per-microbatch 16384 --tis 2
         On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch teacher_kl and eval_pass@1.

@@ -10,8 +10,9 @@ For each question q, sample a group of G responses o_1..o_G from the policy pi_o
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)    (3) the ratio
     D_it   = pi_ref/pi - log(pi_ref/pi) - 1                   (4) the estimate of KL(pi || pi_ref), eq. 4 ("k3")
 
-index(j) is the last token of step j. A token is judged by what comes of it, and not by the steps before it: a wrong sum
-after two right ones does not lower these. In grpo.py, outcome supervision, all tokens of a response share its reward.
+index(j) is the last token of step j. A token is judged by its own step and by what follows, not by what went before:
+right steps after a wrong one are still praised. In grpo.py, outcome supervision, all tokens of a response share one
+reward.
 The answer is a step as well, which ends at the last token; with no other step this is outcome supervision, exactly. The
 advantage grows with the number of steps to come, so it is not neutral to length.
 In the paper a reward model judges the steps. Here it is the verifier of the arithmetic task: a step "5+8=13" is right,

@@ -131,8 +131,8 @@ def check_shards(config, processes: int) -> None:
     """End the run if its models cannot be sharded: all processes have to make the same passes through them."""
     if config.sampler != "vllm":  # auto may take the other one
         fail("--shard: the Hugging Face sampler needs the whole model in every process; give --sampler vllm")
-    if config.lora_rank and hasattr(config, "value_model"):
-        fail("--shard: not together with --lora-rank in PPO, whose two adapters have one body; leave one out")
+    if config.lora_rank and (hasattr(config, "value_lr") or hasattr(config, "reward_lr")):
+        fail("--shard: not together with --lora-rank where two adapters have one body, as in PPO; leave one out")
     if "RANK" not in os.environ:
         fail("--shard: start it as torchrun --nproc_per_node 4 SCRIPT.py ..., with as many processes as GPUs")
     if config.eval_prompts % processes:
@@ -158,7 +158,7 @@ def minimum(field: dataclasses.Field, processes: int) -> float:
         return 0.01
     if field.name in ("eval_prompts", "pairs_per_step"):
         return processes  # every process needs one
-    if field.default == 0 or "_every" in field.name:
+    if field.default == 0 or "_every" in field.name or "_warmup" in field.name:
         return 0  # 0 turns it off
     if isinstance(field.default, float):
         return 0

@@ -414,12 +414,27 @@ COSTS = {  # script -> passes over a rollout (DPO: over its pairs): forward with
     "kimi_k15": {"policy": (1, 2, 2)},
     "ppo": {"policy": (1, 2, 2), "reference": (1, 0, 0), "value": (1, 2, 2)},
     "dpo": {"policy": (0, 1, 1), "reference": (1, 0, 0)},  # the reference once per pair in all: while pairs are new
+    "family/dpo_norm": {"policy": (0, 1, 1), "reference": (1, 0, 0)},
+    "family/ipo": {"policy": (0, 1, 1), "reference": (1, 0, 0)},
     "family/simpo": {"policy": (0, 1, 1)},
+    "family/reinforce": {"policy": (1, 1, 1), "reference": (1, 0, 0)},
+    "family/gspo": {"policy": (1, 1, 1)},
+    "family/maxrl": {"policy": (0, 1, 1), "reference": (1, 0, 0)},
+    "family/cispo": {"policy": (0, 1, 1)},
+    "family/reinforce_pp": {"policy": (0, 1, 1), "reference": (1, 0, 0)},
+    "family/dapo": {"policy": (0, 1, 1)},
+    "family/rft": {"policy": (0, 1, 1)},
+    "family/opd": {"policy": (1, 1, 1), "teacher": (1, 0, 0)},
+    "family/process_grpo": {"policy": (0, 1, 1), "reference": (1, 0, 0)},
+    "family/t1": {"policy": (1, 1, 1), "reference": (1, 0, 0)},
+    "family/vapo": {"policy": (1, 2, 2), "value": (1, 2, 2)},
+    "family/oreal": {"policy": (0, 1, 1), "reference": (1, 0, 0), "judge": (0, 1, 1)},
 }
+IN_CURVES = ["grpo", "dr_grpo", "rloo", "kimi_k15", "ppo", "dpo", "family/simpo"]  # in the table of docs/curves.md
 
 
 @pytest.mark.parametrize("script", COSTS)
-def test_models_and_passes_are_those_of_the_table_in_the_readme(tmp_path, monkeypatch, script):
+def test_models_and_passes_are_those_of_the_tables(tmp_path, monkeypatch, script):
     module = importlib.import_module(script.replace("/", "."))
     models = {}
     passes = collections.defaultdict(lambda: [0, 0, 0])
@@ -434,7 +449,7 @@ def test_models_and_passes_are_those_of_the_table_in_the_readme(tmp_path, monkey
             passes[role][2] += 1
 
         models[role] = network
-        body = network.body if role == "value" else network.model.base_model
+        body = network.body if role in ("value", "judge") else network.model.base_model
         network.register_forward_hook(forward)
         norm = next(parameter for name, parameter in body.named_parameters() if name == "norm.weight")
         if norm.requires_grad:
@@ -450,26 +465,37 @@ def test_models_and_passes_are_those_of_the_table_in_the_readme(tmp_path, monkey
 
     monkeypatch.setattr(module, "make_policy", load)
     monkeypatch.setattr(logprobs.Policy, "reference", lambda policy: watch("reference", make_reference(policy)))
-    if script == "ppo":
+    expected = COSTS[script]
+    second = "judge" if "judge" in expected else "value"  # the role of the second network that is trained
+    if second in expected:
         load_value = module.make_value
-        monkeypatch.setattr(module, "make_value", lambda *arguments: watch("value", load_value(*arguments)))
+        monkeypatch.setattr(module, "make_value", lambda *arguments: watch(second, load_value(*arguments)))
     flags = {"eval_prompts": 8, "steps": 2, "model": str(ROOT / "tiny"), "tokens_per_microbatch": 10**6}
-    of_pairs = "pairs_per_step" in module.Config.__dataclass_fields__
+    fields = module.Config.__dataclass_fields__
+    of_pairs = "pairs_per_step" in fields
     flags |= {"pair_prompts": 16} if of_pairs else {"prompts_per_step": 4, "group_size": 4}
+    flags |= {name: 0 for name in ("value_warmup", "reward_warmup") if name in fields}
+    if "teacher" in expected:
+        load_teacher = module.load_teacher
+        monkeypatch.setattr(module, "load_teacher", lambda *arguments: watch("teacher", load_teacher(*arguments)))
+        flags |= {"teacher": str(ROOT / "tiny")}
     module.main(module.Config(out=str(tmp_path / "run"), eval_every=0, **flags))
     passes["policy"][0] -= 1  # the sampler has compared its cache with the policy
     if of_pairs:  # before and after, the held-out pairs
         passes["policy"][0] -= 2
-    if script == "dpo":  # of the held-out pairs once; of 16 pairs at most once too, since the first step draws them all
+    if of_pairs and "reference" in expected:  # held-out pairs once; of 16 pairs at most once too: all are drawn at once
         assert passes["reference"] == [1 + 1, 0, 0], "the second step has no new pair, and no pass"
-    if script == "ppo":  # the values of the responses in held_out.jsonl, before and after
+    if "value" in expected:  # the values of the responses in held_out.jsonl, before and after
         passes["value"][0] -= 2
-    expected = COSTS[script]
-    parts = 2 if script == "ppo" else 1  # two minibatches: a pass with gradient is over half of the rollout
-    assert passes == {role: [2 * n, 2 * parts * m, 2 * parts * k] for role, (n, m, k) in expected.items()}, (
-        "in two steps"
-    )
+    parts = {"family/gspo": 4, "ppo": 2, "family/vapo": 2}.get(script, 1)  # minibatches; each has its own passes
+    found = {role: [n, m / parts, k / parts] for role, (n, m, k) in passes.items()}
+    assert found == {role: [2 * n for n in counts] for role, counts in expected.items()}, "in two steps"
     assert models.keys() == expected.keys()
-    total = [sum(counts[i] for counts in expected.values()) for i in range(3)]
-    row = f"| `{script}.py` | {len(models)} | {total[0] + total[1]} | {total[2]} |"
-    assert row in (ROOT / "docs" / "curves.md").read_text(), row
+    n, m, k = [sum(counts[i] for counts in expected.values()) for i in range(3)]
+    if script in IN_CURVES:
+        row = f"| `{script}.py` | {len(models)} | {n + m} | {k} |"
+        assert row in (ROOT / "docs" / "curves.md").read_text(), row
+    rows = [x for x in (ROOT / "docs" / "objectives.md").read_text().splitlines() if x.startswith(f"| [`{script}.py`]")]
+    assert f"| {n}, {m}, {k} |" in rows[0]
+    networks = rows[0].split(" | ")[6]
+    assert networks == (", ".join(role for role in expected if role != "policy") or "none")
