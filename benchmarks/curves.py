@@ -358,6 +358,38 @@ PANELS = [
 ]
 
 
+class Small(NamedTuple):
+    """A small picture of docs/family.png: a method, perhaps its variants, over the script that it is a patch of."""
+
+    base: str
+    names: list[str]
+
+
+SMALL = [
+    Small("grpo", ["dr_grpo"]),
+    Small("grpo", ["rloo"]),
+    Small("grpo", ["kimi_k15"]),
+    Small("grpo", ["ppo"]),
+    Small("rloo", ["reinforce"]),
+    Small("rloo", ["t1"]),
+    Small("ppo", ["vapo"]),
+    Small("grpo", ["gspo"]),
+    Small("grpo", ["maxrl"]),
+    Small("grpo", ["cispo"]),
+    Small("grpo", ["reinforce_pp"]),
+    Small("grpo", ["dapo"]),
+    Small("grpo", ["process_grpo"]),
+    Small("grpo", ["oreal"]),
+    Small("grpo", ["rft", "rft, offline"]),
+    Small("grpo", ["opd", "opd, discount 1"]),
+    Small("dpo", ["dpo_norm"]),
+    Small("dpo", ["simpo"]),
+    Small("dpo", ["ipo"]),
+    Small("grpo, 8 updates", ["gspo, 8 updates", "cispo, 8 updates"]),
+    Small("grpo, 8 updates", ["dapo, 8 updates"]),
+]
+
+
 def curve(rows: list[dict], name: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Rollouts [S] and values [seeds, S] of a script, on straight lines between those measured; dense ones smoothed."""
     runs = {}  # seed -> rollouts and values
@@ -405,7 +437,35 @@ def draw() -> None:
     lines, labels = page.axes[0].get_legend_handles_labels()
     page.legend(lines, labels, loc="outside upper center", ncols=5, fontsize=15, frameon=False)
     page.savefig(ROOT / "docs" / "curves.png", dpi=75)
+    draw_family(rows)
     print(tables())
+
+
+def draw_family(rows: list[dict]) -> None:
+    """Write docs/family.png: the accuracy of every method over that of its base, which is grey."""
+    page = Figure(figsize=(21, 10), layout="constrained")
+    for place, small in enumerate(SMALL, 1):
+        ax = page.add_subplot(3, 7, place)
+        band(ax, rows, small.base, "#777777", f"{small.base} (base)")
+        for name, colour in zip(small.names, COLOURS, strict=False):
+            band(ax, rows, name, colour, name)
+        ax.set_ylim(0, 1)
+        ax.set_xticks([0, 20, 40, 60, 80])
+        ax.tick_params(labelsize=12, labelleft=place % 7 == 1)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=12, loc="lower right", handlelength=1)
+    page.supxlabel("rollouts, of 128 responses each (dpo and its patches: updates, of 64 pairs each)", fontsize=15)
+    page.supylabel("held-out accuracy, one sample", fontsize=15)
+    page.savefig(ROOT / "docs" / "family.png", dpi=75)
+
+
+def band(ax, rows: list[dict], name: str, colour: str, label: str) -> None:
+    """The mean of the accuracy over the seeds, and a band of one std on either side."""
+    x, y = curve(rows, name, "eval_pass@1")
+    mean = y.mean(0)
+    std = y.std(0, ddof=1)
+    ax.plot(x, mean, color=colour, linewidth=2.5, marker="o", markersize=4, label=label)
+    ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
 
 
 def draw_curve(ax, rows: list[dict], name: str, panel: Panel) -> None:
@@ -424,8 +484,21 @@ def draw_curve(ax, rows: list[dict], name: str, panel: Panel) -> None:
 
 
 def tables() -> str:
-    """The tables of the README, from the CSV files."""
-    return "\n".join([*sweep_table(), "", *accuracy_table(), "", *cost_table()])
+    """The tables of docs/curves.md, from the CSV files."""
+    return "\n".join([*clips_table(), "", *sweep_table(), "", *accuracy_table(), "", *cost_table()])
+
+
+def clips_table() -> list[str]:
+    """GSPO's accuracy, and the share of responses that were clipped, with each clip: means of the seeds."""
+    found = {}  # clip -> after 20 rollouts, at the end, share that was clipped; of each seed
+    for row in read("clips.csv"):
+        numbers = [float(row[name]) for name in ("after_20", "final", "clip_fraction")]
+        found.setdefault(row["clip_low"], []).append(numbers)
+    lines = head("clip below", "above", "after 20", "after 80", "clipped responses")
+    for clip, numbers in found.items():
+        means = [f"{x:.2f}" for x in np.mean(numbers, axis=0)]
+        lines.append(table_row(clip, f"{float(clip) * 4 / 3:.2g}", *means))
+    return lines
 
 
 def sweep_table() -> list[str]:

@@ -36,7 +36,8 @@ def test_all_seeds_of_all_scripts_are_there():
 
 def test_a_sweep_ends_when_the_best_rate_has_worse_neighbours(monkeypatch, tmp_path):
     monkeypatch.setattr(curves, "HERE", tmp_path)
-    best = {name: i % len(curves.RATES) for i, name in enumerate(curves.COMMANDS)}  # scripts with different best rates
+    monkeypatch.setattr(curves, "make_teacher", lambda: None)
+    best = {name: i % len(curves.RATES) for i, name in enumerate(curves.SWEPT)}  # scripts with different best rates
     tried = set()
 
     def run(name, lr, seed):
@@ -50,6 +51,28 @@ def test_a_sweep_ends_when_the_best_rate_has_worse_neighbours(monkeypatch, tmp_p
         assert curves.best_rate(name) == curves.RATES[i]
         for lr in curves.RATES[max(0, i - 1) : i + 2]:
             assert (name, lr) in tried
+
+
+def test_a_patch_takes_the_rate_of_the_script_whose_loss_has_its_scale():
+    assert curves.RATE_OF and not set(curves.RATE_OF) & set(curves.SWEPT)
+    for name, other in curves.RATE_OF.items():
+        assert curves.best_rate(name) == curves.best_rate(other)
+
+
+def test_a_curve_is_drawn_over_rollouts_whatever_the_steps():
+    rows = []
+    for seed, rounds in ((0, 1), (1, 3)):  # rollouts in each of 90 steps
+        for step in range(91):
+            x = rounds * step
+            row = {"script": "dapo", "seed": seed, "rollouts": x, "eval_pass@1": "", "entropy": str(x) if step else ""}
+            if step % 5 == 0:
+                row["eval_pass@1"] = str(x / 100)
+            rows.append(row)
+    x, y = curves.curve(rows, "dapo", "eval_pass@1")
+    assert x.tolist() == [0, 20, 40, 60, 80] and np.allclose(y, [x / 100, x / 100])
+    x, y = curves.curve(rows, "dapo", "entropy")
+    assert x.tolist() == list(range(3, 81)), "where all seeds have values"
+    assert np.allclose(y[:, 2:-2], x[2:-2])
 
 
 def test_of_equal_final_accuracies_the_faster_one_is_best(monkeypatch, tmp_path):

@@ -115,7 +115,10 @@ print("MODULES", *sys.modules)
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_and_a_wrong_flag_do_not_wait_for_libraries(script):
-    for flags, expected in ((["--help"], 0), (["--no-such-flag", "1"], 2)):
+    cases = [(["--help"], 0), (["--no-such-flag", "1"], 2)]
+    if script.startswith("family."):  # patches import what their bases do, or little more
+        cases = cases[:1]
+    for flags, expected in cases:
         modules, status = modules_after(f"{script.replace('.', '/')}.py", *flags)
         assert status == expected
         assert "torch" in modules and "tyro" in modules
