@@ -24,7 +24,7 @@ from data import check_positions, draw, encode_task, read_task, stop_strings
 from logprobs import Policy, batch_logprobs, make_policy
 from pairs import demonstration_batch, encode_demonstrations, load_demonstrations, tokens_together
 from plumbing.fail import fail
-from plumbing.flags import RunConfig, parse
+from plumbing.flags import RunConfig, parse, refuse_changed
 from plumbing.processes import clip_gradients, sum_gradients
 from plumbing.run import Run
 from rollout import check_sampler, make_sampler
@@ -67,6 +67,8 @@ def main(config: Config) -> None:
     accelerator = run.accelerator
     if check_sampler(config.sampler) == "vllm" and config.model == "scratch":
         fail("--sampler vllm loads a model from a folder: a new one needs --sampler hf")
+    if config.model != "scratch":
+        refuse_changed(config, ("hidden_size", "layers"), "is for a new model, --model scratch")
     if config.hidden_size % 32:
         fail(f"--hidden-size {config.hidden_size}: it must be a multiple of 32, the width of an attention head")
     task = read_task(dataclasses.replace(config, data=()))  # wrong data end the run here, before the weights are loaded

@@ -40,6 +40,7 @@ from plumbing.fail import fail  # noqa: E402
 HERE = ROOT / "benchmarks"
 RUNS = ROOT / "runs" / "curves"
 TEACHER = RUNS / "teacher"  # of opd.py: the tiny model after grpo.py
+HARD = ["--task", "arithmetic:7-8", "--max-new-tokens", "96"]  # at first 4 of 100 responses are right
 COMMANDS = {  # name -> what is run
     "grpo": ["grpo.py"],
     "dr_grpo": ["dr_grpo.py"],
@@ -71,6 +72,10 @@ COMMANDS = {  # name -> what is run
     "gspo, 8 updates": ["family/gspo.py", "--minibatches", "8"],
     "cispo, 8 updates": ["family/cispo.py", "--minibatches", "8"],
     "dapo, 8 updates": ["family/dapo.py", "--minibatches", "8", "--eval-every", "5"],
+    "grpo, hard": ["grpo.py", *HARD],
+    "maxrl, hard": ["family/maxrl.py", *HARD],
+    "process_grpo, hard": ["family/process_grpo.py", *HARD],
+    "dapo, hard": ["family/dapo.py", *HARD, "--eval-every", "5"],
 }
 RATE_OF = {  # patches with the learning rate of another script: the scale of their losses is the same
     "reinforce": "rloo",
@@ -80,6 +85,10 @@ RATE_OF = {  # patches with the learning rate of another script: the scale of th
     "rft, offline": "rft",
     "process_grpo": "grpo",
     "t1": "rloo",
+    "grpo, hard": "grpo",
+    "maxrl, hard": "grpo",
+    "process_grpo, hard": "grpo",
+    "dapo, hard": "grpo",
 }
 SWEPT = [name for name in COMMANDS if name not in RATE_OF]
 CLIPS = ["3e-4", "1e-3", "3e-3", "1e-2", "3e-2"]  # below; above it is 4/3 of that, as in the paper
@@ -385,8 +394,8 @@ SMALL = [
     Small("dpo", ["dpo_norm"]),
     Small("dpo", ["simpo"]),
     Small("dpo", ["ipo"]),
-    Small("grpo, 8 updates", ["gspo, 8 updates", "cispo, 8 updates"]),
-    Small("grpo, 8 updates", ["dapo, 8 updates"]),
+    Small("grpo, 8 updates", ["gspo, 8 updates", "cispo, 8 updates", "dapo, 8 updates"]),
+    Small("grpo, hard", ["maxrl, hard", "process_grpo, hard", "dapo, hard"]),
 ]
 
 

@@ -86,7 +86,10 @@ def mixed_groups(accuracy: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def sample_mixed(run: Run, sampler, train: list[dict], step: int) -> tuple[Rollouts, list[dict], int]:
-    """(rollouts, the question of each of their P prompts, rounds of sampling), with mixed groups only."""
+    """(rollouts, the question of each of their P prompts, rounds of sampling), with mixed groups only.
+
+    In the order of the questions each step has --max-rounds turns, of which it takes as many as it needs.
+    """
     config = run.config
     wanted = len(run.share(range(config.prompts_per_step)))  # groups of this process
     kept = []
@@ -104,9 +107,10 @@ def sample_mixed(run: Run, sampler, train: list[dict], step: int) -> tuple[Rollo
         if len(rows):
             kept.append(batch.select(rows.to(batch.input_ids.device)))
             questions += [examples[i] for i in rows.tolist()[:: config.group_size]]
-    if any(gather([len(questions) < wanted])):  # in any process
-        found = f"{len(questions)} of {wanted} groups have right and wrong responses (accuracy {accuracy.mean():.2f})"
-        run.give_up(step, f"in {rounds} rounds only {found}; the task is too hard or too easy by now: change it")
+    fewest = min(gather([len(questions)]))  # of all processes
+    if fewest < wanted:
+        found = f"{fewest} of {wanted} groups have right and wrong responses (accuracy at last {accuracy.mean():.2f})"
+        run.give_up(step, f"in {config.max_rounds} rounds {found}; the task is too hard or too easy by now: change it")
     batch = join(kept)
     return batch.select(batch["row"][: wanted * config.group_size]), questions, rounds
 
@@ -218,6 +222,7 @@ def main(config: Config) -> None:
         rewards = torch.tensor(weighted_sum(scores, weights), device=accelerator.device)  # [B]
         batch["rewards"] = rewards
         cache = config.overlong_share * config.max_new_tokens  # L_cache
+        # [B] (6) R_i, with the punishment
         rewards = rewards + config.overlong_weight * overlong_punishment(batch.lengths, config.max_new_tokens, cache)
         cut = torch.tensor([reason == "length" for reason in batch.finish_reasons], device=accelerator.device)  # [B]
         batch["in_loss"] = batch.response_mask & ~(cut & config.overlong_filter)[:, None]  # [B, T]

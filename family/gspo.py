@@ -7,6 +7,7 @@ For each question x, sample a group of G responses y_1..y_G from the policy pi_o
     A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)              (1) the advantage: GRPO's                    (eq. 6)
     s_i = ( pi(y_i | x) / pi_old(y_i | x) )^(1/|y_i|)         (2) the geometric mean of the tokens' ratios,
         = exp( 1/|y_i| sum_t log rho_it )                     (3) one ratio for the whole response         (eq. 7)
+    - beta 1/|y_i| sum_t D_it, beta 0 by default              (4) the KL to pi_ref, as in grpo.py
 
     grad J = 1/G sum_i s_i A_i 1/|y_i| sum_t grad log pi(y_it | x, y_i<t)       where the clip does not bind
 
@@ -116,7 +117,7 @@ def policy_loss(
     if beta:
         stats["kl"] = kl_k3(logp, ref_logp)  # [B, T] D
         objective = objective - beta * stats["kl"]  # [B, T] (4)
-    per_response = (objective * mask).sum(1) / mask.sum(1)  # [B] the same for all tokens but for weight and KL
+    per_response = (objective * mask).sum(1) / mask.sum(1)  # [B] the mean over tokens of weight and KL
     return -per_response.sum() / num_responses, stats  # 1/G sum_i
 
 

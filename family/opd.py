@@ -173,7 +173,7 @@ def main(config: Config) -> None:
         rewards = torch.tensor(weighted_sum(scores, weights), device=accelerator.device)  # [B]
         batch["rewards"] = rewards
         batch["teacher_kl"] = batch["old_logp"] - teacher_logp  # [B, T] its mean is KL(pi || T), only to be logged
-        batch["advantages"] = discounted_sum(teacher_logp - batch["old_logp"], config.discount)  # [B, T]
+        batch["advantages"] = discounted_sum(teacher_logp - batch["old_logp"], config.discount)  # [B, T] (1)
 
         # --- update: mu epochs over the rollout ---
         grad_norms = []

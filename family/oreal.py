@@ -128,7 +128,7 @@ def policy_loss(
     weight [B, T]: w+ and w-
     """
     A = advantages[:, None]  # [B, 1]
-    objective = weight * A * logp * mask  # [B, T]
+    objective = weight * A * logp * mask  # [B, T] (3)
     cloned = (objective * (A > 0)).sum() / num_right  # (2)
     pushed = (objective * (A < 0)).sum() / num_wrong  # (2)
     loss = -cloned - eta * pushed

@@ -78,7 +78,7 @@ def group_advantages(rewards, ends, group_size: int, eps: float = 1e-4, ddof: in
     mean = r.sum(dim=1, keepdim=True) / n  # [P, 1]
     centred = (r - mean) * ends  # [P, G T]
     std = (centred.square().sum(dim=1, keepdim=True) / (n - ddof)).sqrt()  # [P, 1]
-    z = (centred / (std + eps)).view(shape)  # [B, T]
+    z = (centred / (std + eps)).view(shape)  # [B, T] (1) z
     return z.flip(1).cumsum(1).flip(1)  # [B, T] (1) the sum from t on
 
 

@@ -19,7 +19,7 @@ Kept from rloo.py: all but the baseline, also the KL in the reward and the clipp
         On a CPU, no download: within a minute a tiny model learns to think before it answers, and is right.
     python -m family.reinforce --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --max-new-tokens 512 --lr 1e-6 \
                                --steps 200 --tokens-per-microbatch 16384 --tis 2
-        On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch eval_pass@1 and informative_groups.
+        On a CUDA GPU, with vLLM if it is installed: grade-school maths. Watch reward and eval_pass@1.
         In bf16 vLLM and the trainer round differently, so vLLM does not quite sample from pi_old: hence --tis.
 """
 

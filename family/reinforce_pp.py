@@ -75,7 +75,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     r = rewards.view(-1, group_size)  # [P, G]
     r = r - r[:, :1]  # changes no advantage; equal rewards become exactly 0, however their mean is rounded
     mean = r.mean(dim=1, keepdim=True)  # [P, 1]
-    return (r - mean).flatten()  # [B]
+    return (r - mean).flatten()  # [B] (1) B
 
 
 def whiten(x, count, all_sum, eps=1e-8, ddof=1) -> torch.Tensor:

@@ -47,7 +47,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards with weights; 0: only logged
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
-    group_size: Annotated[int, AtLeast(2)] = 8  # G: responses per question; the group is the baseline
+    group_size: Annotated[int, AtLeast(1)] = 8  # G: responses per question
     max_new_tokens: int = 64  # longest response |o|, tokens
     temperature: float = 1.0  # divides the logits, when the policy samples and when it learns
     epochs: int = 1  # mu: passes over each rollout
@@ -106,7 +106,7 @@ def main(config: Config) -> None:
 
     policy, tokenizer = make_policy(config, accelerator.device)
     reference = policy.reference() if config.beta else None
-    first = policy.reference() if config.offline else policy
+    first = (reference or policy.reference()) if config.offline else policy  # what is sampled from
     parameters = policy.trained()  # all, or the adapter of --lora-rank
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     train, test = encode_task(task, config, tokenizer, policy.positions)

@@ -104,6 +104,8 @@ def check_config(config, processes: int) -> None:
     """End the run, before any work, at a number that cannot be meant."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if isinstance(value, bool):
+            continue
         low = minimum(field, processes)
         if isinstance(value, int | float) and not value >= low:  # written so that nan fails too
             fail(f"{flag(field.name)} {value}: it must be at least {low}")

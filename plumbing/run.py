@@ -245,9 +245,13 @@ class Run:
         )
 
     def give_up(self, step: int, reason: str) -> NoReturn:
-        """End the run before this step changes anything; all that the steps before it did is saved."""
+        """End the run before this step changes anything; all that the steps before it did is saved.
+
+        All processes call it together.
+        """
         if step > self.first_step:
             self.save(step - 1)
+        self.accelerator.wait_for_everyone()  # the first process to end would end the others
         self.bar.close()  # so that the message has a line of its own
         fail(f"step {step}: {reason}")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import assert_end_tokens_are_trained, make_sampler
 
-from batch import collate
+from batch import collate, join
 from logprobs import token_logprobs
 
 
@@ -68,6 +68,76 @@ def test_select_keeps_rows_together_and_drops_padding(batch):
 def test_a_tensor_with_another_number_of_rows_is_refused(batch):
     with pytest.raises(AssertionError, match="7 rows"):
         batch["advantages"] = torch.zeros(7)
+
+
+@pytest.fixture
+def two_batches(tiny, prompts):
+    """Short prompts with long responses, without their second group; and long prompts with short responses."""
+    short, *_, long = sorted(set(map(len, prompts)))
+    short_prompts = [prompt for prompt in prompts if len(prompt) == short][:3]
+    long_prompts = [prompt for prompt in prompts if len(prompt) == long][:2]
+    first = make_sampler(*tiny).generate(short_prompts, n=3, temperature=1.0, seed=1)
+    second = make_sampler(*tiny, max_new_tokens=3).generate(long_prompts, n=3, temperature=1.0, seed=2)
+    first["rewards"] = torch.ones(len(first.texts))
+    first = first.select(torch.tensor([0, 1, 2, 6, 7, 8]))
+    assert first.prompt_width < second.prompt_width
+    assert first.response_mask.shape[1] > second.response_mask.shape[1]
+    return first, second
+
+
+def test_joining_batches_of_different_widths_keeps_every_row(two_batches):
+    joined = join(list(two_batches))
+    n = len(two_batches[0].texts)
+    assert len(joined.texts) == n + len(two_batches[1].texts)
+    for i in range(len(joined.texts)):
+        part, j = (two_batches[0], i) if i < n else (two_batches[1], i - n)
+        assert joined.texts[i] == part.texts[j] and joined.finish_reasons[i] == part.finish_reasons[j]
+        assert joined.lengths[i] == part.lengths[j] and joined.prompt_lengths[i] == part.prompt_lengths[j]
+        mine, theirs = joined.attention_mask[i].bool(), part.attention_mask[j].bool()
+        assert torch.equal(joined.input_ids[i][mine], part.input_ids[j][theirs])
+        assert torch.equal(joined.response_ids[i][joined.response_mask[i]], part.response_ids[j][part.response_mask[j]])
+        assert torch.equal(joined.sampler_logp[i][joined.response_mask[i]], part.sampler_logp[j][part.response_mask[j]])
+    assert torch.equal(joined.response_mask, joined.attention_mask[:, joined.prompt_width :].bool())
+    assert not joined.sampler_logp[~joined.response_mask].any()
+    dtypes = [x.dtype for x in (joined.input_ids, joined.attention_mask, joined.response_mask, joined.sampler_logp)]
+    assert dtypes == [torch.int64, torch.int64, torch.bool, torch.float32]
+
+
+def test_joined_prompts_and_rows_are_numbered_anew(two_batches):
+    first, second = two_batches
+    assert first.prompt_index.tolist() == [0, 0, 0, 2, 2, 2] and second.prompt_index.tolist() == [0, 0, 0, 1, 1, 1]
+    assert join([first, second]).prompt_index.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    joined = join([second, second, first])  # the last prompt of one and the first of the next stay two
+    assert joined.prompt_index.tolist() == [i for i in range(6) for _ in range(3)]
+    assert joined["row"].tolist() == list(range(18))
+    assert joined.tensors.keys() == {"row"}, "what only one of them has is not kept"
+
+
+def test_log_probs_of_joined_rows_are_those_of_their_parts(tiny, two_batches):
+    joined = join(list(two_batches))
+    with torch.no_grad():
+        logp, entropy = tiny[0](joined, 1.0)
+        parts = [tiny[0](part, 1.0) for part in two_batches]
+    n = len(two_batches[0].texts)
+    for rows, part, (part_logp, part_entropy) in zip((slice(0, n), slice(n, None)), two_batches, parts, strict=True):
+        mask = joined.response_mask[rows]
+        assert torch.allclose(logp[rows][mask], part_logp[part.response_mask], atol=1e-5)
+        assert torch.allclose(entropy[rows][mask], part_entropy[part.response_mask], atol=1e-5)
+    assert torch.allclose(logp, joined.sampler_logp, atol=1e-4)
+
+
+def test_a_part_of_joined_batches_has_the_padding_of_its_own_rows_only(two_batches):
+    first, second = two_batches
+    joined = join([first, second])
+    for part, rows in ((first, range(6)), (second, range(6, 12))):
+        again = joined.select(torch.tensor(list(rows)))
+        assert torch.equal(again.response_mask, part.response_mask)
+        assert torch.equal(again.attention_mask, part.attention_mask)
+        assert torch.equal(again.input_ids * again.attention_mask, part.input_ids * part.attention_mask)
+        assert torch.equal(again.sampler_logp, part.sampler_logp) and again.texts == part.texts
+        assert again["row"].tolist() == list(rows)
+    alone = join([first])
+    assert torch.equal(alone.input_ids, first.input_ids) and alone.prompt_index.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("budget", [1, 60, 200, 10**6])

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_siblings import code_lines
+from test_siblings import LIMITS, code_lines
 
 FOLDER = ROOT / "docs" / "diffs"
 
@@ -131,10 +132,16 @@ def without_the_root(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_order_anchors_and_folds(pair):
     text = Page("-".join(pair)).text
-    order = [n for n in ("advantage", "kl", "loss", "training", "flags", "imports", "docstring") if f'id="{n}"' in text]
-    assert {"loss", "training", "flags", "imports", "docstring"} <= set(order)
-    at = [text.index(f'<section id="{name}">') for name in order]
-    assert at == sorted(at) and text.index("id=strip") < at[0], "equations, objective, training loop, the rest"
+    order = re.findall('<section id="(.+?)">', text)
+    assert order[-3:] == ["flags", "imports", "docstring"] and text.index("id=strip") < text.index("<section")
+    objective = order[: order.index("training")]
+    assert "loss" in objective
+    for script in (SCRIPTS[name] for name in pair):
+        for name in script.parts.keys() - {"training"}:
+            if name in ("advantage", "kl") or any(n in script.marks for n in script.parts[name]):
+                assert name.replace(" ", "-") in objective, "before the training loop, with its numbers"
+    same = [f'<section id="{name}">\n<details>' in text for name in objective]
+    assert same == sorted(same), "what differs comes first"
     for name in ("flags", "imports", "docstring"):
         assert re.search(rf'<section id="{name}">\n<details><summary>{name}: ', text), "folded"
     assert "<details open" not in text
@@ -147,7 +154,7 @@ def test_marks_are_paired(name):
     assert len(ids) == len(set(ids))
     links = {attributes["href"][1:] for _, attributes in page.tags if attributes.get("href", "").startswith("#")}
     assert links <= set(ids), "a link to nowhere"
-    numbers = {link for link in links if re.fullmatch("[lrabc][1-5]", link)}
+    numbers = {link for link in links if re.fullmatch("[lrabc][1-6]", link)}
     anchors = {}
     for side, _, line in page.lines:
         marks = [css for css in line["classes"] if css.startswith("mark")]
@@ -249,8 +256,9 @@ def test_nothing_is_loaded(name):
         assert tag not in ("link", "img", "iframe", "object", "embed", "base", "image", "use")
         assert not attributes.keys() & {"src", "srcset", "data", "xlink:href"}
         target = attributes.get("href", "")
-        local = target.startswith("#") or (FOLDER / target).is_file()
-        assert not target or (tag == "a" and (local or target.startswith("https://arxiv.org/abs/"))), target
+        local = target.startswith("#") or (FOLDER / target.partition("#")[0]).is_file()
+        paper = target.startswith(("https://arxiv.org/abs/", "https://doi.org/"))
+        assert not target or (tag == "a" and (local or paper)), target
     assert "url(" not in make.STYLE and "@import" not in make.STYLE
     assert not re.search(r"fetch|XMLHttp|import|localStorage|cookie|http", make.CODE)
     assert str(ROOT) not in page.text
@@ -259,9 +267,10 @@ def test_nothing_is_loaded(name):
 def test_index_and_the_three_columns():
     index = Page("index")
     stops = [attributes["href"] for tag, attributes in index.tags if tag == "a" and "href" in attributes]
-    assert stops[: len(make.ROUTE)] == [link for _, link in make.ROUTE], "the route first, then the matrix"
-    assert index.text.index("9. IPO") < index.text.index("<table>")
-    assert index.text.count("<svg") == 2 * len(make.ROUTE), "J and A of each stop"
+    places = ["#tree", "#pairs", *(link for _, link in make.ROUTE)]
+    assert stops[: len(places)] == places, "the route first, then the tree and the matrix"
+    assert index.text.index("6. DPO") < index.text.index("id=tree") < index.text.index("<table>")
+    assert index.text.count("<svg") == 2 * len(make.ROUTE) + 2 + len(make.TREE), "J and A of each stop, and the tree"
     three = Page("three")
     shown = [sides for classes, sides in three.hunks if "whole" in classes]
     assert len(shown) == 3 and "<a href=three.html>" in index.text
@@ -274,6 +283,85 @@ def test_index_and_the_three_columns():
     assert three.text.count("<div class=term>") == 5
     for left, right in itertools.combinations(make.THREE, 2):
         assert f"<a href={left}-{right}.html>" in three.text
+
+
+def test_the_tree():
+    assert make.TREE and {name: base for base, name in make.TREE} == {
+        Path(script).name: base for script, (base, _) in LIMITS.items()
+    } | {"dpo": "grpo"}, "as tests/test_siblings.py has it; that has no limit for dpo.py"
+    assert {name for _, name in make.FAMILY} == {path.stem for path in (ROOT / "family").glob("*.py")}
+    assert make.EDGES.keys() == {name for _, name in make.TREE} == make.METHODS.keys() - {"grpo"}
+    text = (FOLDER / "index.html").read_text(encoding="utf-8")
+    tree = text[text.index("<ul class=tree>") : text.index("id=pairs")]
+    depth = {}
+    nodes = re.findall(r"<(ul|/ul|li)\b|<a href=(\S+?)\.html><b>(.+?)</b></a> <span class=small>(.+?)</span>", tree)
+    level = 0
+    above = {}  # level -> the last script on it
+    for tag, page, title, size in nodes:
+        level += {"ul": 1, "/ul": -1}.get(tag, 0)
+        if not page:
+            continue
+        name = page.split("-")[-1]
+        above[level] = name
+        depth[name] = level
+        assert title == make.METHODS[name].title
+        if name == "grpo":
+            continue
+        assert page == f"{above[level - 1]}-{name}" and (above[level - 1], name) in make.TREE
+        out, added = make.count(*(SCRIPTS[script].text for script in page.split("-")))
+        assert size == f"{out} out, {added} in"
+    assert depth.keys() == make.METHODS.keys() and max(depth.values()) == 3
+    for name, equation in make.EDGES.items():
+        assert any(mark for mark, _ in equation), name
+    for page, anchor in re.findall(r'<a href="(\S+?)\.html#(\S+?)" class=m', tree):
+        assert f' id="{anchor}">' in (FOLDER / f"{page}.html").read_text(encoding="utf-8"), (page, anchor)
+
+
+# script -> the numbers in its comments; the equations of its page have the same
+NUMBERS = {
+    "gspo": {1, 2, 3, 4},
+    "dapo": {1, 2, 3, 4, 5, 6},
+    "cispo": {1, 2, 3, 4},
+    "maxrl": {1, 2, 3, 4},
+    "reinforce_pp": {1, 2, 3, 4},
+    "rft": {1, 2, 4},
+    "opd": {1, 2, 3, 4},
+    "process_grpo": {1, 2, 3, 4},
+    "oreal": {1, 2, 3, 4, 5},
+    "reinforce": {1, 2, 3, 4},
+    "t1": {1, 2, 3, 4, 5, 6},
+    "vapo": {1, 2, 3, 4, 5, 6},
+    "dpo_norm": {1, 2},
+    "simpo": {1, 2},
+    "ipo": {1, 2},
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_numbers_of_a_script_of_the_family(name):
+    script = SCRIPTS[name]
+    assert set(script.marks.values()) == NUMBERS[name]
+    method = make.METHODS[name]
+    formulas = [method.objective, method.second]
+    for terms in method.terms.values():
+        formulas += [term.formula for term in terms]
+    shown = {mark for formula in formulas for mark, _ in formula if mark}
+    assert shown == NUMBERS[name] and method.terms.keys() <= shown
+    for number in NUMBERS[name]:
+        for rule in (f".m{number} {{", f".badge{number} {{", f".mark{number} code {{", f"--m{number}: light-dark("):
+            assert rule in make.STYLE
+        assert number in make.PICTURE_COLOURS
+
+
+def test_every_script_of_the_family_is_checked():
+    assert NUMBERS.keys() == {name for _, name in make.FAMILY}
+
+
+def test_the_docstring_of_a_script_has_its_numbers_too():
+    for name in NUMBERS:
+        said = set(re.findall(r"\s\((\d)\)", make.docstring_equations(SCRIPTS[name])))
+        missing = NUMBERS[name] - set(map(int, said))
+        assert missing <= ({4} if name == "gspo" else set()), name  # its KL is as in grpo.py
 
 
 def test_the_page_of_one_script():
@@ -294,7 +382,10 @@ def test_the_page_of_one_script():
 def test_a_page_links_to_its_siblings_and_says_what_its_letters_mean(pair):
     text = Page("-".join(pair)).text
     (line,) = re.findall(f"{make.METHODS[pair[0]].title} with: (.*?)</span>", text)
-    others = make.OBJECTIVES if pair not in make.FAMILY else [*make.OBJECTIVES, *(name for _, name in make.FAMILY)]
+    others = make.OBJECTIVES
+    if pair in make.FAMILY:
+        others = [name for base, name in make.FAMILY if base == pair[0]]
+        assert "<a href=index.html#tree>family tree</a>" in text
     for name in set(others) - set(pair):
         assert f">{make.METHODS[name].title}</a>" in line
     assert f"<b>{make.METHODS[pair[1]].title}</b>" in line
@@ -495,7 +586,7 @@ const result = {};
 LOOK = """
 const changes = [...document.querySelectorAll(".change")].filter((e) => e.checkVisibility());
 Object.assign(result, {changes: changes.length, background: [], at: [], top: []});
-const first = document.querySelector(".change .differs code").getBoundingClientRect();
+const first = [...document.querySelectorAll(".change .differs code")].find(shown).getBoundingClientRect();
 result.first = first.top / innerHeight;
 const sizes = [...document.querySelectorAll(".line code")].map((e) => parseFloat(getComputedStyle(e).fontSize));
 result.size = Math.min(...sizes);
@@ -590,11 +681,11 @@ result.flags = document.querySelector("#flags > details").open;
 """
 
 
-def in_a_browser(tmp_path, name, width, height, script, anchor=""):
+def in_a_browser(tmp_path, name, width, height, script, anchor="", folder=FOLDER):
     """What a script finds out on a page in Chromium."""
     probe = f"<script>(async () => {{{KEYS}{script}\ndocument.title = JSON.stringify(result); }})();</script></body>"
     page = tmp_path / f"{name}.html"
-    page.write_text((FOLDER / f"{name}.html").read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
+    page.write_text((folder / f"{name}.html").read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
     command += ["--virtual-time-budget=3000", f"--user-data-dir={tmp_path}/profile", f"--window-size={width},{height}"]
     done = subprocess.run([*command, page.as_uri() + anchor], capture_output=True, text=True, timeout=60)
@@ -606,7 +697,14 @@ def in_a_browser(tmp_path, name, width, height, script, anchor=""):
 
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-SIZES = [("grpo-dr_grpo", 1024, 768), ("grpo-ppo", 1024, 768), ("grpo-ppo", 1400, 1000), ("dpo-simpo", 1920, 1080)]
+SIZES = [
+    ("grpo-dr_grpo", 1024, 768),
+    ("grpo-ppo", 1024, 768),
+    ("grpo-ppo", 1400, 1000),
+    ("dpo-simpo", 1920, 1080),
+    ("grpo-dapo", 1024, 768),
+    ("grpo-oreal", 1400, 1000),
+]
 
 
 @needs_chromium
@@ -645,13 +743,54 @@ def test_keys_and_links(tmp_path, name, width, height):
     assert result["ahead"] == [True, True, True] and result["behind"] == [True, True]
     assert result["closed"] and result["opened"], "e keeps the change in sight"
     first, number, again = result["mark"]
-    assert number == "1" and again == first and re.fullmatch("[lr][1-5](-[0-9])?", first)
+    assert number == "1" and again == first and re.fullmatch("[lr][1-6](-[0-9])?", first)
     hashes = [where for where, _, _ in result["clicks"]]
     assert hashes[:3] == ["#r1", "#r1-2", "#r1-3"][: len(set(hashes))] + ["#r1"] * (3 - len(set(hashes)))
     assert len(set(hashes)) > 1 and all(shown and near for _, shown, near in result["clicks"])
     twin = "#l3" if width < 1300 else "#r3"
     assert result["twin"] == [twin, True] and result["changed"] == twin, "the line that is shown"
     assert result["flags"], "a link to a folded section opens it"
+
+
+@needs_chromium
+def test_the_first_changed_line_is_on_the_first_screen(tmp_path):
+    frames = "<body>"  # of 1024x768 the bars of a browser leave this much
+    for name in map("-".join, make.FAMILY):
+        page = (FOLDER / f"{name}.html").read_text(encoding="utf-8")
+        frames += f'<iframe title="{name}" width=1024 height=625 srcdoc="{html.escape(page)}"></iframe>'
+    (tmp_path / "frames.html").write_text(frames + "</body>", encoding="utf-8")
+    script = """
+    await new Promise((loaded) => addEventListener("load", loaded));
+    for (const frame of document.querySelectorAll("iframe")) {
+      const changed = [...frame.contentDocument.querySelectorAll(".change .differs code")];
+      const first = changed.find((e) => e.checkVisibility());
+      const wide = frame.contentDocument.documentElement.scrollWidth;
+      result[frame.title] = [first.getBoundingClientRect().top, wide];
+    }
+    """
+    (tmp_path / "probe").mkdir()
+    result = in_a_browser(tmp_path / "probe", "frames", 1200, 800, script, folder=tmp_path)
+    assert result.keys() == set(map("-".join, make.FAMILY))
+    for name, (top, wide) in result.items():
+        assert 0 < top < 625 and wide <= 1024, name
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1024, 1400])
+def test_the_tree_fits_in_a_window(tmp_path, width):
+    script = """
+    const equations = [...document.querySelectorAll(".node svg")];
+    result.wide = document.documentElement.scrollWidth - innerWidth;
+    result.outside = equations.filter((e) => e.getBoundingClientRect().right > innerWidth).length;
+    const sizes = equations.map((e) => e.getBoundingClientRect().width / e.viewBox.baseVal.width);
+    result.sizes = [Math.min(...sizes), Math.max(...sizes)];
+    const tops = [...document.querySelectorAll(".node")].map((e) => e.getBoundingClientRect().top);
+    result.down = tops.every((top, i) => !i || top > tops[i - 1]);
+    """
+    result = in_a_browser(tmp_path, "index", width, 768, script)
+    assert result["wide"] == 0 and result["outside"] == 0 and result["down"]
+    smallest, largest = result["sizes"]
+    assert largest - smallest < 0.003 and smallest > 0.17, "no equation is shrunk"
 
 
 @needs_chromium

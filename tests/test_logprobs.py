@@ -11,7 +11,7 @@ from grpo import group_advantages, policy_loss
 from logprobs import batch_logprobs, token_logprobs
 
 
-def naive(model, batch, temperature):
+def naive(model, batch, temperature, dtype=torch.float32):
     """Log-probs and entropies one response at a time, without padding, from the model's own logits."""
     logps, entropies = [], []
     left = batch.input_ids.shape[1] - batch.response_mask.shape[1]
@@ -19,7 +19,7 @@ def naive(model, batch, temperature):
         real = batch.attention_mask[i].bool()
         ids = batch.input_ids[i][real]
         start = int(batch.attention_mask[i, :left].sum())
-        table = (model(ids[None]).logits[0].float() / temperature).log_softmax(-1)[start - 1 : -1]
+        table = (model(ids[None]).logits[0].to(dtype) / temperature).log_softmax(-1)[start - 1 : -1]
         logps.append(table.gather(1, ids[start:, None])[:, 0])
         entropies.append(-(table.exp() * table).sum(-1))
         assert len(logps[-1]) == length
@@ -46,6 +46,52 @@ def test_logprobs_and_entropies_are_the_plain_ones(tiny, batch, monkeypatch, log
     sum((x * weights[i, : len(x)]).sum() for i, x in enumerate(logps)).backward()
     for (name, p), q in zip(policy.model.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-5, rtol=1e-3), name
+
+
+@pytest.mark.parametrize("logits_at_once", [2**25, 40 * 106, 1])
+def test_the_entropy_may_have_a_gradient_and_it_is_the_plain_one(tiny, batch, monkeypatch, logits_at_once):
+    """With several chunks of logits these are computed again in the backward pass, and the gradient is the same."""
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", {"cpu": logits_at_once})
+    batch = batch.select(torch.arange(10))
+    policy = copy.deepcopy(tiny[0]).double()
+    g = torch.Generator().manual_seed(0)
+    of_entropy, of_logp = torch.randn(2, *batch.response_mask.shape, dtype=torch.float64, generator=g)  # weights
+    logp, entropy = policy(batch, 1.2, dtype=torch.float64, entropy_gradient=True)
+    logp_alone, entropy_alone = policy(batch, 1.2, dtype=torch.float64)
+    assert torch.equal(logp, logp_alone) and torch.equal(entropy, entropy_alone)
+    assert entropy.requires_grad and not entropy_alone.requires_grad
+    assert not entropy[~batch.response_mask].any()
+
+    plain = copy.deepcopy(tiny[0].model).double()
+    logps, entropies = naive(plain, batch, 1.2, torch.float64)
+    names = [name for name, _ in plain.named_parameters()]
+    ours, theirs = list(policy.model.parameters()), list(plain.parameters())
+    for weight, weight_of_logp in ((of_entropy, 0 * of_logp), (of_entropy, of_logp), (0 * of_entropy, of_logp)):
+        loss = (entropy * weight + logp * weight_of_logp).sum()
+        expected = 0.0
+        for i, length in enumerate(batch.lengths.tolist()):
+            assert torch.allclose(entropy[i, :length], entropies[i], atol=1e-12)
+            expected = expected + (entropies[i] * weight[i, :length] + logps[i] * weight_of_logp[i, :length]).sum()
+        found = torch.autograd.grad(loss, ours, retain_graph=True)
+        plain_ones = torch.autograd.grad(expected, theirs, retain_graph=True)
+        for name, x, y in zip(names, found, plain_ones, strict=True):
+            assert (x - y).norm() < 1e-6 * y.norm(), name  # the model's norms round to float32
+    only_logp = torch.autograd.grad((logp_alone * of_logp).sum(), ours)
+    for name, x, y in zip(names, only_logp, found, strict=True):
+        assert (x - y).norm() < 1e-6 * y.norm(), name
+
+
+def test_the_gradient_of_the_entropy_by_its_formula():
+    """dH / dlogit_v = -p_v (log p_v + H) / temperature."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 7, dtype=torch.float64, generator=g).requires_grad_()
+    targets = torch.zeros(5, dtype=torch.long)
+    _, entropy = logprobs.head_logprobs(torch.nn.Identity(), logits, targets, 1.2, torch.float64, True)
+    entropy.sum().backward()
+    log_p = (logits.detach() / 1.2).log_softmax(-1)
+    H = -(log_p.exp() * log_p).sum(-1)
+    assert torch.allclose(entropy, H, atol=1e-14)
+    assert torch.allclose(logits.grad, -log_p.exp() * (log_p + H[:, None]) / 1.2, atol=1e-14)
 
 
 def test_batch_logprobs_do_not_depend_on_the_microbatches(tiny, batch):

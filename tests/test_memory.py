@@ -36,14 +36,16 @@ mask = torch.ones(8, tokens // 8, dtype=torch.bool)
 batch = Rollouts(ids, torch.ones_like(ids), mask, mask * 0.0, torch.arange(8), [""] * 8, ["stop"] * 8)
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024  # MiB
 before = peak()
-if way == "plain":
+bonus = "entropy" in way  # whether the entropy is in the loss too
+if "plain" in way:
     log_p = (head(body(ids[:, :-1]).last_hidden_state) / 0.7).log_softmax(-1)  # [B, T, V]
     logp = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(bonus):
         entropy = -(log_p.exp() * log_p).sum(-1)
 else:
-    logp, entropy = token_logprobs(model, batch, 0.7)
-(logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum().backward()
+    logp, entropy = token_logprobs(model, batch, 0.7, entropy_gradient=bonus)
+weights = torch.linspace(-1, 1, logp.numel()).view_as(logp)
+(logp * weights + bonus * entropy * weights.flip(1)).sum().backward()
 sums = [x.double().sum().item() for x in (logp, entropy)]
 norms = [x.double().norm().item() for x in (logp, entropy, body.weight.grad, head.weight.grad)]
 print(json.dumps({"peak": peak() - before, "numbers": sums + norms}))
@@ -67,6 +69,21 @@ def test_memory_does_not_grow_with_the_logits():
     assert plain["peak"] > 2.5 * logits
     assert ours["peak"] < 1.5 * logits, "some chunks of 128 MiB"
     assert longer["peak"] < ours["peak"] + 0.4 * logits, "plain would be 2 * 3 * logits more"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_nor_does_it_with_the_gradient_of_the_entropy():
+    plain, ours, longer = measure("plain entropy", 640), measure("ours entropy", 640), measure("ours entropy", 1920)
+    assert ours["numbers"] == pytest.approx(plain["numbers"], rel=1e-4)
+    assert ours["numbers"] != pytest.approx(measure("ours", 640)["numbers"], rel=1e-2), "the entropy has a gradient"
+    logits = 640 * 151_936 * 4 / 2**20  # MiB, of one [B, T, V] in float32
+    print(
+        f"peak in MiB: plain {plain['peak']:.0f}, ours {ours['peak']:.0f}, three times the tokens {longer['peak']:.0f}"
+    )
+    assert plain["peak"] > 4 * logits
+    assert ours["peak"] < 2.5 * logits, "a few chunks of 128 MiB more"
+    assert longer["peak"] < ours["peak"] + 0.5 * logits, "plain would be 2 * 5 * logits more"
 
 
 def test_gradient_checkpointing_keeps_less_and_changes_nothing_else(tmp_path, tiny):

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, make_sampler, outputs_with_other_hashes
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import sft
 from data import encode_prompts, load_task
 from rewards import evaluation_metrics, score
 from tiny.make import MIXTURE, demonstrate, demonstrations, new_model
@@ -105,3 +106,28 @@ def test_the_tiny_model_leaves_something_to_learn(tiny):
     metrics = evaluation_metrics([0.0], scores, batch.lengths.tolist(), 8)
     assert 0.2 < metrics["eval_pass@1"] < 0.4 and metrics["eval_pass@8"] > 0.8
     assert sum(text.startswith("<think>") for text in batch.texts) < 0.5 * len(batch.texts)
+
+
+# --- a larger one ---
+
+
+def test_a_new_model_may_be_larger():
+    small, _ = new_model(0)
+    large, tokenizer = new_model(0, hidden_size=256, layers=4)
+    assert 0.33e6 < small.num_parameters() < 0.35e6 and 2.6e6 < large.num_parameters() < 2.7e6
+    assert (large.config.hidden_size, large.config.num_hidden_layers) == (256, 4)
+    assert tokenizer.get_vocab() == new_model(1)[1].get_vocab(), "so that it may teach the small one"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model": str(ROOT / "tiny"), "hidden_size": 64}, "--hidden-size is for a new model"),
+        ({"model": str(ROOT / "tiny"), "layers": 4}, "--layers is for a new model"),
+        ({"hidden_size": 100}, "--hidden-size 100: it must be a multiple of 32"),
+    ],
+)
+def test_sizes_that_cannot_be_meant_are_refused(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        sft.main(sft.Config(out=str(tmp_path / "run"), **flags))
+    assert message in capsys.readouterr().err

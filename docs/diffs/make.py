@@ -3,9 +3,10 @@
     python docs/diffs/make.py                        makes all pages in docs/diffs/ and the two pictures in docs/
     python docs/diffs/make.py grpo.py mine.py        makes a page of any two files, in runs/diffs/
 
-A page is one file and loads nothing. Above stand the equations, then come the sections of the scripts, aligned by their
-`# --- section ---` marks, by their functions, and by lines of code. A term of an equation and the line that computes it
-carry the same number: the comment of the line has it, as in `# [B] (1) not divided by the std`.
+index.html has a tour, the family tree and a table of all pairs. A page is one file and loads nothing. Above stand the
+equations, then come the sections of the scripts, aligned by their `# --- section ---` marks, by their functions, and by
+lines of code. A term of an equation and the line that computes it carry the same number: the comment of the line has
+it, as in `# [B] (1) not divided by the std`.
 Changed lines of code are counted without docstrings, comments and blank lines.
 """
 
@@ -55,7 +56,7 @@ class Method(NamedTuple):
 
     file: str
     title: str
-    paper: str  # its arXiv number
+    paper: str  # its arXiv number, or the doi of one that is not there
     says: str  # one sentence for the route
     averaged: str  # over what J is a mean
     objective: Formula
@@ -63,12 +64,12 @@ class Method(NamedTuple):
     terms: dict[int, list[Term]]  # number -> what the two formulas above leave open
 
 
-def clipped(ratio: str, advantage: str) -> Formula:
+def clipped(ratio: str, advantage: str, low: str = r"\epsilon", high: str = r"\epsilon") -> Formula:
     """min[rho A, clip(rho) A]."""
     return [
         (3, rf"\min[{ratio}\,"),
         (1, advantage),
-        (3, rf",\;\mathrm{{clip}}({ratio},\,1-\epsilon,\,1+\epsilon)\,"),
+        (3, rf",\;\mathrm{{clip}}({ratio},\,1-{low},\,1+{high})\,"),
         (1, advantage),
         (3, r"]"),
     ]
@@ -88,9 +89,23 @@ def log_sigma(before: str, after: str) -> Formula:
 
 QUESTIONS = "over questions"
 TOKENS = "over all tokens of an update"
+TAKEN = "over the tokens of the responses that are taken"
 PAIRS = "over pairs"
 
 GROUP_ADVANTAGE = [(0, r"A_i="), (1, r"r_i-\mathrm{mean}(r_1\ldots r_G)")]
+GRPO_ADVANTAGE = [
+    (0, r"A_i="),
+    (1, r"\dfrac{r_i-\mathrm{mean}(r_1\ldots r_G)}{\mathrm{std}(r_1\ldots r_G)+10^{-4}}"),
+]
+GROUP_STD = Term(
+    [(1, r"\mathrm{std}(r_1\ldots r_G)")],
+    "the std is small where nearly all answers are right, or nearly all wrong, so such questions weigh more",
+)
+OWN_LENGTH = Term([(2, r"\dfrac{1}{|o_i|}\,\sum_t")], "the longer a wrong answer, the less each of its tokens costs")
+TOKEN_MEAN = (2, r"\underset{i,t}{\mathrm{mean}}\;")
+OVER_TOKENS = Term([(2, r"\underset{i,t}{\mathrm{mean}}")], "over all tokens of all responses")
+MINUS_KL = [(0, r"\,-\,\beta\,"), (4, r"D_{it}"), (0, r"\,\}")]
+TOKEN_LOGP = r"\log\,\pi(o_{it}\,|\,q,\,o_{i,<t})"
 TOKEN_RATIO = Term(
     [
         (3, r"\rho_{it}"),
@@ -107,10 +122,49 @@ K3 = Term(
     "the k3 estimate of <span class=w>KL(π || π<sub>ref</sub>)</span>, in the loss",
 )
 NOT_BY_STD = Term([], "not divided by the std")
-LOG_SUM = [(2, r"\log\,\pi(o_i\,|\,q)=\sum_t\;\log\,\pi(o_{it}\,|\,q,\,o_{i,<t})")]
+ONE_ACTION = Term([(2, r"\log\,\pi(o_i\,|\,q)=\sum_t\;" + TOKEN_LOGP)], "one action: the sum over its tokens, no 1/|o|")
+RESPONSE_RATIO = Term(
+    [(3, r"\rho_i"), (0, r"=\dfrac{\pi(o_i\,|\,q)}{\pi_{\mathrm{old}}(o_i\,|\,q)}")],
+    "of the response; 1 with one update per rollout, then the step is the paper's A ∇ log π",
+)
+KL_IN_REWARD = Term(
+    [
+        (4, r"R_i"),
+        (0, r"=r_i-\beta\,\log\,\dfrac{\pi_{\mathrm{old}}(o_i\,|\,q)}{\pi_{\mathrm{ref}}(o_i\,|\,q)}"),
+    ],
+    "the KL of the response (k1 estimate) is part of the reward",
+)
 LOG_SIGMA = Term(
     [(2, r"\log\,\sigma(z)"), (0, r"=-\log(1+e^{-z})")], "rises with the margin, and weighs a pair by how wrong it is"
 )
+GEOMETRIC_MEAN = r"\left(\dfrac{\pi(o_i\,|\,q)}{\pi_{\mathrm{old}}(o_i\,|\,q)}\right)^{1/|o_i|}"
+LENGTH_LAMBDA = r"\max(0,\,1-\dfrac{1}{\alpha\,|o_i|})"
+MIXED_GROUP = (5, r"0<\#\mathrm{right}<G")
+CLIP_HIGHER = Term(
+    TOKEN_RATIO.formula, "ε<sub>high</sub> is above ε<sub>low</sub>: an unlikely token may become likelier"
+)
+WHITENED = [(1, r"\hat{A}_{it}=\dfrac{A_{it}-\mathrm{mean}(A)}{\max[\mathrm{std}(A),\,.05]}")]
+TOKEN_KL_IN_REWARD = Term(
+    [
+        (4, r"r_{it}=-\beta\,\log\,\dfrac{\pi_{\mathrm{old}}}{\pi_{\mathrm{ref}}}"),
+        (4, r"\,+\,r_i\,[t=|o_i|]"),
+    ],
+    "the KL (k1 estimate) is part of the reward; the last token also gets r<sub>i</sub>",
+)
+VALUE_LOSS = Term(
+    [
+        (0, r"L_V=\underset{i,t}{\mathrm{mean}}\;"),
+        (5, r"\dfrac{1}{2}\,\max[(V_{it}-R_{it})^2,\,"),
+        (
+            5,
+            r"(\mathrm{clip}(V_{it},\,V^{\mathrm{old}}_{it}-\epsilon_V,"
+            r"\,V^{\mathrm{old}}_{it}+\epsilon_V)",
+        ),
+        (5, r"\,-\,R_{it})^2]"),
+    ],
+    "the loss of V, minimised",
+)
+LEAVE_ONE_OUT = [(0, r"A_i="), (4, r"R_i"), (1, r"\,-\,\dfrac{1}{G-1}\,\sum_{j\neq i}R_j")]
 PAIR_LOG_RATIO = r"\log\,\dfrac{\pi(o\,|\,q)}{\pi_{\mathrm{ref}}(o\,|\,q)}"
 
 METHODS = {
@@ -125,25 +179,12 @@ METHODS = {
             (2, r"\dfrac{1}{|o_i|}\,\sum_t"),
             (0, r"\;\{\,"),
             *clipped(r"\rho_{it}", r"A_i"),
-            (0, r"\,-\,\beta\,"),
-            (4, r"D_{it}"),
-            (0, r"\,\}"),
+            *MINUS_KL,
         ],
-        second=[(0, r"A_i="), (1, r"\dfrac{r_i-\mathrm{mean}(r_1\ldots r_G)}{\mathrm{std}(r_1\ldots r_G)+10^{-4}}")],
+        second=GRPO_ADVANTAGE,
         terms={
-            1: [
-                Term(
-                    [(1, r"\mathrm{std}(r_1\ldots r_G)")],
-                    "the std is small where nearly all answers are right, or nearly all wrong, so such questions weigh "
-                    "more",
-                )
-            ],
-            2: [
-                Term(
-                    [(2, r"\dfrac{1}{|o_i|}\,\sum_t")],
-                    "the longer a wrong answer, the less each of its tokens costs",
-                )
-            ],
+            1: [GROUP_STD],
+            2: [OWN_LENGTH],
             3: [TOKEN_RATIO],
             4: [K3],
         },
@@ -159,9 +200,7 @@ METHODS = {
             (2, r"\dfrac{1}{C}\,\sum_t"),
             (0, r"\;\{\,"),
             *clipped(r"\rho_{it}", r"A_i"),
-            (0, r"\,-\,\beta\,"),
-            (4, r"D_{it}"),
-            (0, r"\,\}"),
+            *MINUS_KL,
         ],
         second=GROUP_ADVANTAGE,
         terms={
@@ -178,25 +217,12 @@ METHODS = {
         says="A whole response is one action, and its baseline is the mean reward of the others.",
         averaged=QUESTIONS,
         objective=[(0, r"J=\dfrac{1}{G}\,\sum_i\;"), *clipped(r"\rho_i", r"A_i")],
-        second=[(0, r"A_i="), (4, r"R_i"), (1, r"\,-\,\dfrac{1}{G-1}\,\sum_{j\neq i}R_j")],
+        second=LEAVE_ONE_OUT,
         terms={
             1: [NOT_BY_STD],
-            2: [Term(LOG_SUM, "one action: the sum over its tokens, no 1/|o|")],
-            3: [
-                Term(
-                    [(3, r"\rho_i"), (0, r"=\dfrac{\pi(o_i\,|\,q)}{\pi_{\mathrm{old}}(o_i\,|\,q)}")],
-                    "of the response; 1 with one update per rollout, then the step is the paper's A ∇ log π",
-                )
-            ],
-            4: [
-                Term(
-                    [
-                        (4, r"R_i"),
-                        (0, r"=r_i-\beta\,\log\,\dfrac{\pi_{\mathrm{old}}(o_i\,|\,q)}{\pi_{\mathrm{ref}}(o_i\,|\,q)}"),
-                    ],
-                    "the KL of the response (k1 estimate) is part of the reward",
-                )
-            ],
+            2: [ONE_ACTION],
+            3: [RESPONSE_RATIO],
+            4: [KL_IN_REWARD],
         },
     ),
     "kimi_k15": Method(
@@ -215,7 +241,7 @@ METHODS = {
         second=GROUP_ADVANTAGE,
         terms={
             1: [NOT_BY_STD],
-            2: [Term(LOG_SUM, "one action: the sum over its tokens, no 1/|o|")],
+            2: [ONE_ACTION],
             3: [
                 Term(
                     [(3, r"x_i"), (0, r"=\log\,\dfrac{\pi(o_i\,|\,q)}{\pi_{\mathrm{old}}(o_i\,|\,q)}")],
@@ -232,7 +258,7 @@ METHODS = {
         averaged=TOKENS,
         objective=[
             (0, r"J="),
-            (2, r"\underset{i,t}{\mathrm{mean}}\;"),
+            TOKEN_MEAN,
             *clipped(r"\rho_{it}", r"\hat{A}_{it}"),
         ],
         second=[
@@ -245,38 +271,15 @@ METHODS = {
         terms={
             1: [
                 Term(
-                    [(1, r"\hat{A}_{it}=\dfrac{A_{it}-\mathrm{mean}(A)}{\max[\mathrm{std}(A),\,.05]}")],
+                    WHITENED,
                     "A is then whitened over all tokens of the rollout; R (5) uses it unwhitened. "
                     "After the last token A = V = 0.",
                 )
             ],
-            2: [Term([(2, r"\underset{i,t}{\mathrm{mean}}")], "over all tokens of all responses")],
+            2: [OVER_TOKENS],
             3: [TOKEN_RATIO],
-            4: [
-                Term(
-                    [
-                        (4, r"r_{it}=-\beta\,\log\,\dfrac{\pi_{\mathrm{old}}}{\pi_{\mathrm{ref}}}"),
-                        (4, r"\,+\,r_i\,[t=|o_i|]"),
-                    ],
-                    "the KL (k1 estimate) is part of the reward; the last token also gets r<sub>i</sub>",
-                )
-            ],
-            5: [
-                Term([(5, r"R_{it}=A_{it}+V^{\mathrm{old}}_{it}")], ""),
-                Term(
-                    [
-                        (0, r"L_V=\underset{i,t}{\mathrm{mean}}\;"),
-                        (5, r"\dfrac{1}{2}\,\max[(V_{it}-R_{it})^2,\,"),
-                        (
-                            5,
-                            r"(\mathrm{clip}(V_{it},\,V^{\mathrm{old}}_{it}-\epsilon_V,"
-                            r"\,V^{\mathrm{old}}_{it}+\epsilon_V)",
-                        ),
-                        (5, r"\,-\,R_{it})^2]"),
-                    ],
-                    "the loss of V, minimised",
-                ),
-            ],
+            4: [TOKEN_KL_IN_REWARD],
+            5: [Term([(5, r"R_{it}=A_{it}+V^{\mathrm{old}}_{it}")], ""), VALUE_LOSS],
         },
     ),
     "dpo": Method(
@@ -288,6 +291,355 @@ METHODS = {
         objective=log_sigma(r"\log\,\sigma(", r")"),
         second=[(0, r"R(o)="), (1, r"\beta\," + PAIR_LOG_RATIO)],
         terms={2: [LOG_SIGMA]},
+    ),
+    "gspo": Method(
+        file="family/gspo.py",
+        title="GSPO",
+        paper="2507.18071",
+        says="One ratio for the whole response, the geometric mean of those of its tokens, as the reward is one too.",
+        averaged=QUESTIONS,
+        objective=[
+            (0, r"J=\dfrac{1}{G}\,\sum_i\;"),
+            *clipped(r"s_i", r"A_i", r"\epsilon_{\mathrm{low}}", r"\epsilon_{\mathrm{high}}"),
+        ],
+        second=GRPO_ADVANTAGE,
+        terms={
+            1: [GROUP_STD],
+            2: [
+                Term(
+                    [(0, r"\log\,s_i="), (2, r"\dfrac{1}{|o_i|}\,\sum_t\;\log\,\rho_{it}")],
+                    "the mean of the tokens' log-ratios, so s stays near 1 and its clip is narrow",
+                )
+            ],
+            3: [
+                Term(
+                    [
+                        (3, r"s_i"),
+                        (0, "=" + GEOMETRIC_MEAN),
+                    ],
+                    "the tokens of a response are clipped together or not at all",
+                )
+            ],
+            4: [Term(K3.formula, "off by default; --beta subtracts β times its mean over o<sub>i</sub>")],
+        },
+    ),
+    "dapo": Method(
+        file="family/dapo.py",
+        title="DAPO",
+        paper="2503.14476",
+        says="A wider clip above, only groups that are part right and part wrong, and a mean over all tokens.",
+        averaged=TOKENS,
+        objective=[
+            (0, r"J="),
+            TOKEN_MEAN,
+            (0, r"\{\,"),
+            *clipped(r"\rho_{it}", r"A_i", r"\epsilon_{\mathrm{low}}", r"\epsilon_{\mathrm{high}}"),
+            *MINUS_KL,
+        ],
+        second=[
+            (0, r"A_i="),
+            (1, r"\dfrac{R_i-\mathrm{mean}(R_1\ldots R_G)}{\mathrm{std}(R_1\ldots R_G)+10^{-4}}"),
+        ],
+        terms={
+            1: [Term([], "GRPO's, of the rewards R (6)")],
+            2: [OVER_TOKENS],
+            3: [CLIP_HIGHER],
+            4: [K3],
+            5: [Term([MIXED_GROUP], "any other group has no gradient and is replaced (dynamic sampling)")],
+            6: [
+                Term(
+                    [
+                        (0, r"R_i=r_i+w\,"),
+                        (
+                            6,
+                            r"\min(0,\,\max(-1,\,"
+                            r"\dfrac{L_{\mathrm{max}}-L_{\mathrm{cache}}-|o_i|}{L_{\mathrm{cache}}}))",
+                        ),
+                    ],
+                    "the last L<sub>cache</sub> tokens before the limit L<sub>max</sub> cost reward",
+                )
+            ],
+        },
+    ),
+    "cispo": Method(
+        file="family/cispo.py",
+        title="CISPO",
+        paper="2506.13585",
+        says="The ratio is only a weight, and capped: no token loses its gradient to the clip.",
+        averaged=TOKENS,
+        objective=[
+            (0, r"J="),
+            TOKEN_MEAN,
+            (0, r"\{\,"),
+            (3, r"\mathrm{sg}(\min[\rho_{it},\,\mathrm{cap}])\,"),
+            (1, r"A_i"),
+            (3, r"\," + TOKEN_LOGP),
+            *MINUS_KL,
+        ],
+        second=GRPO_ADVANTAGE,
+        terms={
+            1: [GROUP_STD],
+            2: [OVER_TOKENS],
+            3: [Term(TOKEN_RATIO.formula, "sg: without gradient; no bound from below")],
+            4: [K3],
+        },
+    ),
+    "maxrl": Method(
+        file="family/maxrl.py",
+        title="MaxRL",
+        paper="2602.02710",
+        says="Divides by the mean reward, which nearly maximises log p in place of p, the probability to be right.",
+        averaged=TOKENS,
+        objective=[(0, r"J="), TOKEN_MEAN, (0, r"\{\,"), *clipped(r"\rho_{it}", r"A_i"), *MINUS_KL],
+        second=[(0, r"A_i="), (1, r"\dfrac{r_i-\mathrm{mean}(r_1\ldots r_G)}{\mathrm{mean}(r_1\ldots r_G)+10^{-6}}")],
+        terms={
+            1: [
+                Term(
+                    [(1, r"\mathrm{mean}(r_1\ldots r_G)")],
+                    "the fewer answers of a group are right, the more each weighs, at most G − 1; 0 if none is",
+                )
+            ],
+            2: [OVER_TOKENS],
+            3: [TOKEN_RATIO],
+            4: [K3],
+        },
+    ),
+    "reinforce_pp": Method(
+        file="family/reinforce_pp.py",
+        title="REINFORCE++",
+        paper="2501.03262",
+        says="The variant with a baseline, the mean of the group as in GRPO; the std is that of the whole batch.",
+        averaged=TOKENS,
+        objective=[(0, r"J="), TOKEN_MEAN, (0, r"\{\,"), *clipped(r"\rho_{it}", r"A_i"), *MINUS_KL],
+        second=[
+            (0, r"A_i="),
+            (1, r"\dfrac{B_i-\mathrm{mean}(B)}{\mathrm{std}(B)}"),
+            (0, r"\quad B_i=r_i-\mathrm{mean}(r_1\ldots r_G)"),
+        ],
+        terms={
+            1: [
+                Term(
+                    [(1, r"\mathrm{std}(B)")],
+                    "one for the whole batch: it changes the length of the step, and not its direction",
+                )
+            ],
+            2: [OVER_TOKENS],
+            3: [TOKEN_RATIO],
+            4: [K3],
+        },
+    ),
+    "rft": Method(
+        file="family/rft.py",
+        title="RFT",
+        paper="2308.01825",
+        says="Imitates the right responses and leaves out the wrong ones: no baseline, no ratio, no clip.",
+        averaged=QUESTIONS,
+        objective=[
+            (0, r"J=\dfrac{1}{G}\,\sum_i\;"),
+            (2, r"\dfrac{1}{|o_i|}\,\sum_t"),
+            (0, r"\;\{\,"),
+            (1, r"A_i"),
+            (0, r"\," + TOKEN_LOGP),
+            *MINUS_KL,
+        ],
+        second=[(0, r"A_i="), (1, r"1\;\;\mathrm{if}\;\;r_i\geq\mathrm{accept},\;\;\mathrm{else}\;\;0")],
+        terms={
+            1: [Term([], "no baseline, and nothing negative: a wrong answer teaches nothing")],
+            2: [Term([(2, r"\dfrac{1}{|o_i|}\,\sum_t")], "the mean over the tokens of a response")],
+            4: [K3],
+        },
+    ),
+    "reinforce": Method(
+        file="family/reinforce.py",
+        title="REINFORCE",
+        paper="10.1007/BF00992696",
+        says="RLOO without its baseline: the expected step is the same, and noisier.",
+        averaged=QUESTIONS,
+        objective=[(0, r"J=\dfrac{1}{G}\,\sum_i\;"), *clipped(r"\rho_i", r"A_i")],
+        second=[(0, r"A_i="), (1, r"R_i")],
+        terms={
+            1: [Term([], "no baseline: a response with a reward of 0 teaches nothing, whatever the others got")],
+            2: [ONE_ACTION],
+            3: [RESPONSE_RATIO],
+            4: [KL_IN_REWARD],
+        },
+    ),
+    "opd": Method(
+        file="family/opd.py",
+        title="On-policy distillation",
+        paper="2306.13649",
+        says="A teacher judges every token that the policy samples; nothing else is learned from.",
+        averaged=QUESTIONS,
+        objective=[
+            (0, r"J=\dfrac{1}{G}\,\sum_i\;"),
+            (2, r"\sum_t"),
+            (0, r"\;\{\,"),
+            *clipped(r"\rho_{it}", r"A_{it}"),
+            *MINUS_KL,
+        ],
+        second=[
+            (0, r"A_{it}="),
+            (
+                1,
+                r"\sum_{s\geq t}\,d^{\,s-t}\,\log\,"
+                r"\dfrac{T(o_{is}\,|\,q,\,o_{i,<s})}{\pi_{\mathrm{old}}(o_{is}\,|\,q,\,o_{i,<s})}",
+            ),
+        ],
+        terms={
+            1: [
+                Term([], "what the teacher T makes of this token and, if d = --discount is above 0, of the later ones")
+            ],
+            2: [Term([(2, r"\sum_t")], "no 1/|o|: only so the step is that of a KL to T")],
+            3: [TOKEN_RATIO],
+            4: [K3],
+        },
+    ),
+    "process_grpo": Method(
+        file="family/process_grpo.py",
+        title="Process supervision",
+        paper="2402.03300",
+        says="Every step of a response has a reward, and a token is judged by the steps that end at it or later.",
+        averaged=QUESTIONS,
+        objective=[
+            (0, r"J=\dfrac{1}{G}\,\sum_i\;"),
+            (2, r"\dfrac{1}{|o_i|}\,\sum_t"),
+            (0, r"\;\{\,"),
+            *clipped(r"\rho_{it}", r"A_{it}"),
+            *MINUS_KL,
+        ],
+        second=[
+            (0, r"A_{it}="),
+            (1, r"\sum_{\mathrm{index}(j)\geq t}\;z_{ij}"),
+            (0, r"\quad z_{ij}="),
+            (1, r"\dfrac{r_{ij}-\mathrm{mean}(R)}{\mathrm{std}(R)+10^{-4}}"),
+        ],
+        terms={
+            1: [Term([], "step j ends at token index(j); R are the rewards r of all steps of the group")],
+            2: [OWN_LENGTH],
+            3: [TOKEN_RATIO],
+            4: [K3],
+        },
+    ),
+    "oreal": Method(
+        file="family/oreal.py",
+        title="OREAL",
+        paper="2502.06781",
+        says="Clones a right response of each group and pushes a wrong one away, most at the tokens that decide.",
+        averaged=TAKEN,
+        objective=[
+            (0, r"J="),
+            (2, r"\underset{o^+}{\mathrm{mean}}\;"),
+            (3, r"w^+_{it}\,"),
+            (1, r"A_i\,"),
+            (0, r"\log\,\pi(o_{it}\,|\ldots)\,+\,\eta\;"),
+            (2, r"\underset{o^-}{\mathrm{mean}}\;"),
+            (3, r"w^-_{it}\,"),
+            (1, r"A_i\,"),
+            (0, r"\log\,\pi(o_{it}\,|\ldots)\,-\,\beta\;\mathrm{mean}\;"),
+            (4, r"D_{it}"),
+        ],
+        second=[(0, r"A_i="), (1, r"r_i-\dfrac{1}{G-1}\,\sum_{j\neq i}r_j")],
+        terms={
+            1: [Term([], "r is 1 or 0: A is above 0 for a right response, below 0 for a wrong one")],
+            2: [
+                Term(
+                    [(2, r"\underset{o^+}{\mathrm{mean}}\quad\underset{o^-}{\mathrm{mean}}")],
+                    "over the tokens of a right response of each group, and of a wrong one",
+                )
+            ],
+            3: [
+                Term([(3, r"w^+_{it}=\max(2\,\sigma(m_{it})-1,\,0)")], ""),
+                Term([(3, r"w^-_{it}=\max(1-2\,\sigma(m_{it}),\,0)")], ""),
+                Term(
+                    [(0, r"m_{it}=\dfrac{1}{t}\,\sum_{s\leq t}\,w(q,\,o_{i,\leq s})")],
+                    "w, a second network, gives each token a reward",
+                ),
+            ],
+            4: [K3],
+            5: [
+                Term(
+                    [
+                        (0, r"L_w=-\,["),
+                        (5, r"\,r_i\,\log\,\sigma(m_i)+(1-r_i)\,\log(1-\sigma(m_i))\,"),
+                        (0, r"]"),
+                    ],
+                    "the loss of w, minimised; m<sub>i</sub> is that of the last token",
+                )
+            ],
+        },
+    ),
+    "t1": Method(
+        file="family/t1.py",
+        title="T1",
+        paper="2501.11651",
+        says="RLOO that keeps exploring: a bonus for entropy, and a KL to a reference that follows.",
+        averaged=QUESTIONS,
+        objective=[
+            (0, r"J=\dfrac{1}{G}\,\sum_i\;\{\,"),
+            *clipped(r"\rho_i", r"A_i"),
+            (0, r"\,+\,\alpha\,"),
+            (5, r"\dfrac{1}{|o_i|}\,\sum_t\;H_{it}"),
+            (0, r"\,\}"),
+        ],
+        second=LEAVE_ONE_OUT,
+        terms={
+            1: [NOT_BY_STD],
+            2: [ONE_ACTION],
+            3: [RESPONSE_RATIO],
+            4: [KL_IN_REWARD],
+            5: [
+                Term(
+                    [
+                        (5, r"H_{it}"),
+                        (0, r"=-\sum_v\,\pi(v\,|\,q,\,o_{i,<t})\,\log\,\pi(v\,|\,q,\,o_{i,<t})"),
+                    ],
+                    "the entropy of the policy at a token",
+                )
+            ],
+            6: [
+                Term(
+                    [(6, r"\pi_{\mathrm{ref}}\leftarrow a\,\pi_{\mathrm{ref}}+(1-a)\,\pi")],
+                    "after each step: a moving average of the weights",
+                )
+            ],
+        },
+    ),
+    "vapo": Method(
+        file="family/vapo.py",
+        title="VAPO",
+        paper="2504.05118",
+        says="PPO for long responses: λ grows with the length, V learns from whole returns, right ones are imitated.",
+        averaged=TOKENS,
+        objective=[
+            (0, r"J="),
+            TOKEN_MEAN,
+            *clipped(r"\rho_{it}", r"\hat{A}_{it}", r"\epsilon_{\mathrm{low}}", r"\epsilon_{\mathrm{high}}"),
+            (0, r"\,+\,\mu\;"),
+            (6, r"\underset{T}{\mathrm{mean}}\;\log\,\pi(o_{it}\,|\ldots)"),
+        ],
+        second=[
+            (0, r"A_{it}="),
+            (1, r"\delta_{it}+\gamma\,\lambda_i\,A_{i,t+1}"),
+            (0, r"\quad\delta_{it}="),
+            (4, r"r_{it}"),
+            (1, r"\,+\,\gamma\,V^{\mathrm{old}}_{i,t+1}-V^{\mathrm{old}}_{it}"),
+        ],
+        terms={
+            1: [
+                Term([(1, r"\lambda_i=" + LENGTH_LAMBDA)], ""),
+                Term(WHITENED, "A is then whitened over all tokens of the rollout. After the last token A = V = 0."),
+            ],
+            2: [OVER_TOKENS],
+            3: [CLIP_HIGHER],
+            4: [TOKEN_KL_IN_REWARD],
+            5: [
+                Term([(5, r"R_{it}=\sum_{s\geq t}\,\gamma^{\,s-t}\,r_{is}")], "all the rewards to come: λ = 1"),
+                VALUE_LOSS,
+            ],
+            6: [
+                Term([(6, r"\underset{T}{\mathrm{mean}}")], "over all tokens of the right responses: they are imitated")
+            ],
+        },
     ),
     "dpo_norm": Method(
         file="family/dpo_norm.py",
@@ -322,7 +674,105 @@ METHODS = {
 }
 OBJECTIVES = ["grpo", "dr_grpo", "rloo", "kimi_k15", "ppo", "dpo"]  # every pair of these has a page
 THREE = ["grpo", "dr_grpo", "ppo"]
-FAMILY = [("dpo", "dpo_norm"), ("dpo", "simpo"), ("dpo", "ipo")]
+# The patches in family/ with the scripts that they change. A new one needs a pair here, a Method above, an equation in
+# EDGES and a sentence in CHANGES.
+FAMILY = [
+    ("grpo", "gspo"),
+    ("grpo", "dapo"),
+    ("grpo", "cispo"),
+    ("grpo", "maxrl"),
+    ("grpo", "reinforce_pp"),
+    ("grpo", "rft"),
+    ("grpo", "opd"),
+    ("grpo", "process_grpo"),
+    ("grpo", "oreal"),
+    ("rloo", "reinforce"),
+    ("rloo", "t1"),
+    ("ppo", "vapo"),
+    ("dpo", "dpo_norm"),
+    ("dpo", "simpo"),
+    ("dpo", "ipo"),
+]
+TREE = [("grpo", name) for name in OBJECTIVES[1:]] + FAMILY  # who is whose patch
+
+
+def beside(first: Formula, second: Formula) -> Formula:
+    """Two equations in one line."""
+    mark, text = second[0]
+    return [*first, (mark, r"\qquad " + text), *second[1:]]
+
+
+# The equation that a patch shows in the tree. Marked is what it changes in the script that it is a patch of.
+EDGES = {
+    "dr_grpo": beside(
+        [(0, r"J=\dfrac{1}{G}\,\sum_i\;"), (2, r"\dfrac{1}{C}\,\sum_t"), (0, r"\;\{\,\ldots\,\}")], GROUP_ADVANTAGE
+    ),
+    "rloo": METHODS["rloo"].second,
+    "kimi_k15": METHODS["kimi_k15"].objective,
+    "ppo": METHODS["ppo"].second,
+    "dpo": beside(METHODS["dpo"].objective, METHODS["dpo"].second),
+    "gspo": [(0, r"s_i="), (3, GEOMETRIC_MEAN)],
+    "dapo": [
+        (0, r"\mathrm{clip}(\rho_{it},\,"),
+        (3, r"1-\epsilon_{\mathrm{low}},\,1+\epsilon_{\mathrm{high}}"),
+        (0, r")\qquad"),
+        MIXED_GROUP,
+    ],
+    "cispo": [
+        (0, r"J="),
+        TOKEN_MEAN,
+        (0, r"\{\,"),
+        (3, r"\mathrm{sg}(\min[\rho_{it},\,\mathrm{cap}])"),
+        (0, r"\,A_i\,"),
+        (3, TOKEN_LOGP),
+        (0, r"\,-\,\beta\,D_{it}\,\}"),
+    ],
+    "maxrl": METHODS["maxrl"].second,
+    "reinforce_pp": METHODS["reinforce_pp"].second,
+    "rft": METHODS["rft"].second,
+    "reinforce": METHODS["reinforce"].second,
+    "opd": METHODS["opd"].second,
+    "process_grpo": METHODS["process_grpo"].second,
+    "oreal": [
+        (0, r"J="),
+        (2, r"\underset{o^+}{\mathrm{mean}}\;"),
+        (3, r"w^+_{it}"),
+        (0, r"\,A_i\,\log\,\pi(o_{it}\,|\ldots)\,+\,\eta\;"),
+        (2, r"\underset{o^-}{\mathrm{mean}}\;"),
+        (3, r"w^-_{it}"),
+        (0, r"\,A_i\,\log\,\pi(o_{it}\,|\ldots)\,-\,\beta\;\mathrm{mean}\;D_{it}"),
+    ],
+    "t1": beside(
+        [
+            (0, r"J=\dfrac{1}{G}\,\sum_i\;\{\,\ldots\,+\,"),
+            (5, r"\alpha\,\dfrac{1}{|o_i|}\,\sum_t\;H_{it}"),
+            (0, r"\,\}"),
+        ],
+        [(0, r"\pi_{\mathrm{ref}}\leftarrow "), (6, r"a\,\pi_{\mathrm{ref}}+(1-a)\,\pi")],
+    ),
+    "vapo": beside(
+        [(0, r"A_{it}=\delta_{it}+\gamma\,"), (1, r"\lambda_i"), (0, r"\,A_{i,t+1}")],
+        [(0, r"\lambda_i="), (1, LENGTH_LAMBDA)],
+    ),
+    "dpo_norm": [(0, r"R(o)="), (1, r"\dfrac{\beta}{|o|}"), (0, r"\," + PAIR_LOG_RATIO)],
+    "simpo": beside(
+        [
+            (0, r"J=\mathrm{mean}\;\log\,\sigma(R(o_w)\,-\,R(o_l)"),
+            (2, r"\,-\,\gamma"),
+            (0, r")"),
+        ],
+        METHODS["simpo"].second,
+    ),
+    "ipo": beside(
+        [
+            (0, r"J=\mathrm{mean}\;"),
+            (2, r"-\,("),
+            (0, r"R(o_w)\,-\,R(o_l)"),
+            (2, r"\,-\,\dfrac{1}{2\tau})^2"),
+        ],
+        [(0, r"R(o)="), (1, r"\dfrac{1}{|o|}"), (0, r"\," + PAIR_LOG_RATIO)],
+    ),
+}
 ROUTE = [
     ("grpo", "grpo.html"),
     ("dr_grpo", "grpo-dr_grpo.html"),
@@ -330,9 +780,6 @@ ROUTE = [
     ("kimi_k15", "grpo-kimi_k15.html"),
     ("ppo", "grpo-ppo.html"),
     ("dpo", "grpo-dpo.html"),
-    ("dpo_norm", "dpo-dpo_norm.html"),
-    ("simpo", "dpo-simpo.html"),
-    ("ipo", "dpo-ipo.html"),
 ]
 PICTURES = [("grpo", "dr_grpo"), ("grpo", "ppo")]
 
@@ -368,6 +815,28 @@ CHANGES = {
     "responses, and the log-ratio to the reference as the reward of each.",
     ("ppo", "dpo"): "Drops the sampling in the loop, the value network, the advantage, the ratio and its clip; adds "
     "pairs of responses, and the log-ratio to the reference as the reward of each.",
+    ("grpo", "gspo"): "One ratio for the whole response, in place of one for each token. By default no KL, and "
+    "four updates per rollout.",
+    ("grpo", "dapo"): "The clip is wider above than below, and the mean is over all tokens. Groups that are all "
+    "right or all wrong are replaced, and responses near the length limit lose reward. By default no KL.",
+    ("grpo", "cispo"): "The ratio becomes a weight without gradient, bounded only from above, so every token keeps "
+    "the gradient of its log π; the mean is over all tokens. By default no KL.",
+    ("grpo", "maxrl"): "Divides by the mean of the rewards in place of their std; the mean of J is over all tokens.",
+    ("grpo", "reinforce_pp"): "The variant with a baseline. Divides by the std of the whole batch in place of the "
+    "group's; the mean of J is over all tokens.",
+    ("grpo", "rft"): "Drops the baseline, the std, the ratio and its clip: the advantage is 1 if a response is "
+    "accepted, else 0. By default no KL.",
+    ("grpo", "opd"): "Drops the group, the std and 1/|o|; the advantage of a token is what a teacher T makes "
+    "of it. Rewards are only logged. By default no KL.",
+    ("grpo", "process_grpo"): "Adds a reward for every step of a response; a token is judged by the steps that end "
+    "at it or later.",
+    ("grpo", "oreal"): "Drops the ratio, its clip and the std. Adds a network w that weighs the tokens, and "
+    "learns from one right and one wrong response of each group.",
+    ("rloo", "reinforce"): "Drops the baseline: the advantage is the reward itself, with its KL.",
+    ("rloo", "t1"): "Adds a bonus for entropy, a reference that is a moving average, a temperature of 1.2, and a "
+    "punishment of bad patterns.",
+    ("ppo", "vapo"): "λ depends on the length of the response, V learns from whole returns, the clip is wider above, "
+    "and right responses are imitated. By default no KL.",
     ("dpo", "dpo_norm"): "Adds 1/|o|: the reward is the mean over the tokens, and β is larger.",
     ("dpo", "simpo"): "Drops the reference model; adds 1/|o| to the reward, and a margin γ to win by.",
     ("dpo", "ipo"): "Drops log σ; adds a target for the difference of the rewards, which are means over the tokens.",
@@ -382,7 +851,8 @@ STYLE = """
   --new-edge: light-dark(#1668b8, #5fb0ff);
   --third: light-dark(#e3f5e1, #12301a); --third-edge: light-dark(#2f7d32, #74d07c);
   --m1: light-dark(#c2185b, #ff8ab5); --m2: light-dark(#7a1fa2, #d9a8ff); --m3: light-dark(#00695c, #5fe0c8);
-  --m4: light-dark(#8d5000, #ffc65c); --m5: light-dark(#283fc4, #a9b8ff); --strip: 150px; --code: 20px }
+  --m4: light-dark(#8d5000, #ffc65c); --m5: light-dark(#283fc4, #a9b8ff);
+  --m6: light-dark(#4f6a00, #c3e04d); --strip: 150px; --code: 20px }
 :root[data-theme=light] { color-scheme: light }
 :root[data-theme=dark] { color-scheme: dark }
 * { box-sizing: border-box }
@@ -404,7 +874,7 @@ button { font: 15px system-ui, "DejaVu Sans", sans-serif; color: var(--fg); back
 kbd { font: bold 14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
 .m1 { color: var(--m1); fill: var(--m1) } .m2 { color: var(--m2); fill: var(--m2) }
 .m3 { color: var(--m3); fill: var(--m3) } .m4 { color: var(--m4); fill: var(--m4) }
-.m5 { color: var(--m5); fill: var(--m5) }
+.m5 { color: var(--m5); fill: var(--m5) } .m6 { color: var(--m6); fill: var(--m6) }
 svg { display: block; height: auto; max-width: 100%; fill: currentColor; font-size: 24px }
 svg text { font: bold 68px system-ui, "DejaVu Sans", sans-serif; text-anchor: middle }
 svg .area { fill-opacity: 0 }
@@ -448,9 +918,10 @@ code { font: var(--code)/1.35 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono",
 .line > i > b { color: var(--bg); border-radius: 9px; padding: 0 4px; margin-right: 4px; font-size: 16px }
 .badge1 { background: var(--m1) } .badge2 { background: var(--m2) } .badge3 { background: var(--m3) }
 .badge4 { background: var(--m4) } .badge5 { background: var(--m5) }
+.badge6 { background: var(--m6) }
 .mark1 code { box-shadow: inset 5px 0 var(--m1) } .mark2 code { box-shadow: inset 5px 0 var(--m2) }
 .mark3 code { box-shadow: inset 5px 0 var(--m3) } .mark4 code { box-shadow: inset 5px 0 var(--m4) }
-.mark5 code { box-shadow: inset 5px 0 var(--m5) }
+.mark5 code { box-shadow: inset 5px 0 var(--m5) } .mark6 code { box-shadow: inset 5px 0 var(--m6) }
 .line:target { outline: 3px solid var(--a); outline-offset: -3px }
 .change .old .differs:not(.blank) { background: var(--old) }
 .change .new .differs:not(.blank) { background: var(--new) }
@@ -484,6 +955,19 @@ td, th { padding: 8px; border: 1px solid var(--dim) }
   border-top: 1px solid var(--bar) }
 .stop > div { display: flex; flex-wrap: wrap; gap: 0 36px; align-items: center }
 .stop p { margin: 0; flex-basis: 100% }
+.tree, .tree ul { list-style: none; margin: 0; padding: 0 }
+.tree { padding: 0 14px }
+.tree ul { margin-left: 18px }
+.tree ul > li { padding-left: 26px; border-left: 2px solid var(--dim) }
+.tree ul > li:last-child { border-color: transparent }
+.node { position: relative; display: grid; grid-template-columns: 250px minmax(0, 1fr); gap: 0 16px;
+  align-items: center; padding: 4px 0; border-bottom: 1px solid var(--bar) }
+.tree ul .node::before { content: ""; position: absolute; left: -28px; top: 0; width: 20px; height: 50%;
+  border: solid var(--dim); border-width: 0 0 2px 2px }
+.node > div { display: flex; flex-wrap: wrap; gap: 0 12px; align-items: baseline }
+.node > .equation { gap: 0 36px; align-items: center }
+.node svg { font-size: 19px }
+#terms[open] > summary { display: none }
 .wider { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 30px; padding: 0 14px }
 @media (max-width: 1299px) {
   .hunk, .hunk > div { display: block }
@@ -601,6 +1085,14 @@ function follow(id) {  // a link; of several lines with one number, each time th
   followed = {id, at, hash: location.hash};
 }
 
+function openTerms() {  // what the numbers stand for; in one column only if the first change stays on the first screen
+  const terms = document.getElementById("terms");
+  if (!terms) return;
+  terms.open = true;
+  const first = [...document.querySelectorAll(".change .differs code")].find(shown);
+  if (innerWidth < 1300 && first && topOf(first) + 27 > innerHeight) terms.open = false;
+}
+
 function onScreen() {  // the section that fills most of it, or that n, p or m has led into
   if (here) return here.closest("section");
   let most = 0;
@@ -658,8 +1150,7 @@ addEventListener("scroll", () => {
 });
 addEventListener("resize", measure);
 addEventListener("hashchange", arrive);
-const terms = document.getElementById("terms");
-if (terms) terms.open = innerWidth >= 1300;
+openTerms();
 measure();
 arrive();
 """
@@ -717,10 +1208,11 @@ def ems(formula: Formula) -> float:
     return width
 
 
-def svg(formula: Formula, side: str, numbered: bool = True) -> str:
+def svg(formula: Formula, side: str, numbered: bool = True, page: str = "") -> str:
     """A formula as an inline picture without fonts, 100 units per em. A marked piece links to its line on a side.
 
     Marked pieces are underlined with their numbers, unless the number stands beside the formula.
+    page: where the lines are, if not on the page of the formula
     """
     x = 0.0
     pieces = []
@@ -751,7 +1243,7 @@ def svg(formula: Formula, side: str, numbered: bool = True) -> str:
             outline += f"<text x={start + width // 2} y={bottom + 70}>{mark}</text>"
             seen.add(mark)
         area = f"<rect class=area x={start} y={top} width={width} height={bottom - top + below} />"
-        body += f'<a href="#{side}{mark}" class=m{mark}>{outline}{area}</a>'
+        body += f'<a href="{page}#{side}{mark}" class=m{mark}>{outline}{area}</a>'
     bottom += below
     label = escape("".join(text for _, text in formula))
     width = round(x) + 8
@@ -1022,9 +1514,11 @@ def align(a: list[str], b: list[str], p: range, q: range) -> list[Row]:
 
 
 class Item(NamedTuple):
-    """A stretch of a section: rows, or a docstring's rows, or whole blocks that have nothing in common."""
+    """A stretch of a section: rows, a docstring's rows, functions that are the same, or whole blocks that have nothing
+    in common.
+    """
 
-    kind: str  # "rows", "doc" or "whole"
+    kind: str  # "rows", "doc", "same" or "whole"
     rows: list[Row]
     left: range
     right: range
@@ -1058,8 +1552,8 @@ def items(left: Script, right: Script, p: range, q: range) -> list[Item]:
         if tag != "equal":
             found.append(Item("whole", [], span(left_chunks[i1:i2]), span(right_chunks[j1:j2])))
             continue
-        for (_, m), (_, n) in zip(left_chunks[i1:i2], right_chunks[j1:j2], strict=True):
-            for item in function_items(left, right, m, n):
+        for (name, m), (_, n) in zip(left_chunks[i1:i2], right_chunks[j1:j2], strict=True):
+            for item in function_items(left, right, name, m, n):
                 if found and found[-1].kind == item.kind == "rows":
                     found[-1].rows.extend(item.rows)
                 else:
@@ -1084,10 +1578,13 @@ def docstring_of(script: Script, lines: range) -> range | None:
     return None
 
 
-def function_items(left: Script, right: Script, p: range, q: range) -> list[Item]:
+def function_items(left: Script, right: Script, name: str, p: range, q: range) -> list[Item]:
     """A function of both scripts: its head, its docstring, its body."""
     a = left.lines
     b = right.lines
+    is_function = name.isidentifier() and name != "main"  # main has sections of its own
+    if is_function and a[p.start : p.stop] == b[q.start : q.stop]:
+        return [Item("same", align(a, b, p, q), p, q)]
     doc = docstring_of(left, p)
     other = docstring_of(right, q)
     if doc is None or other is None:
@@ -1333,6 +1830,10 @@ def items_html(left: Side, right: Side, found: list[Item], folded: bool) -> str:
                 says = f"docstring, {len(item.left)} lines on the left, {len(item.right)} on the right"
             html += f"<details><summary>{says}</summary>\n"
             html += rows_html(left, right, item.rows, False) + "</details>\n"
+        elif item.kind == "same":
+            names = [name for name, _ in chunks(left.script, item.left)]
+            html += f"<details><summary>{names[-1]}: {lines_of(len(item.left))}, the same on both sides</summary>\n"
+            html += rows_html(left, right, item.rows, False) + "</details>\n"
         else:
             html += rows_html(left, right, item.rows, folded)
     return html
@@ -1369,7 +1870,8 @@ def section_html(left: Side, right: Side, name: str, folded: bool) -> str:
     found = items(left.script, right.script, p, q)
     if is_unchanged(left.script, right.script, found):
         body = f"<details><summary>{escape(name)}: {lines_of(len(p))}, the same on both sides</summary>\n"
-        body += items_html(left, right, found, False) + "</details>\n"
+        opened = [item._replace(kind="rows") for item in found]
+        body += items_html(left, right, opened, False) + "</details>\n"
         return f'<section id="{anchor}">\n{body}</section>\n'
     heading = ""
     if found[0].kind == "rows" and SECTION.match(left.script.lines[p.start]):
@@ -1445,23 +1947,43 @@ def rest_html(left: Side, right: Side) -> str:
     return html
 
 
+def is_same_section(left: Script, right: Script, name: str) -> bool:
+    """Do both scripts have this section, and to the letter?"""
+    texts = []
+    for script in (left, right):
+        texts.append([script.lines[n] for n in script.parts.get(name, range(0))])
+    return texts[0] == texts[1]
+
+
+def has_marks(script: Script, name: str) -> bool:
+    """Does a section have a line with a number?"""
+    return any(n in script.marks for n in script.parts.get(name, range(0)))
+
+
 def sections_html(left: Side, right: Side) -> tuple[str, list[str]]:
-    """The body of a page, and the names of its sections: those of the objective first, then the training loop."""
+    """The body of a page, and the names of its sections: those of the objective first, then the training loop.
+
+    Of the objective those that differ come before those that do not.
+    """
     first = ["advantage", "kl", "loss"]
     last = ["flags", "imports", "docstring"]
     names = list(left.script.parts) + [name for name in right.script.parts if name not in left.script.parts]
     both = []
+    numbered = []  # only in one, but a term of its equations
     single = []
     for name in names:
         if name in first or name in last or name == "training":
             continue
         if name in left.script.parts and name in right.script.parts:
             both.append(name)
+        elif has_marks(left.script, name) or has_marks(right.script, name):
+            numbered.append(name)
         else:
             single.append(name)
     html = ""
     links = []
-    for name in [name for name in first if name in names] + both:
+    objective = [name for name in first if name in names] + both + numbered
+    for name in sorted(objective, key=lambda name: is_same_section(left.script, right.script, name)):
         html += section_html(left, right, name, False)
         links.append(name)
     if "training" in names:
@@ -1539,18 +2061,18 @@ def term_html(terms: list[Term], prefix: str) -> str:
     return html
 
 
-def shared_by(scripts: list[Script], of: int) -> str:
-    """Whose term this is, if it stands for several of so many scripts."""
-    if len(scripts) == 1:
+def shared_by(sides: list[Side], number: int) -> str:
+    """Whose term this is, if it stands for several; each name leads to its line."""
+    if len(sides) == 1:
         return ""
-    names = " and ".join(script.path.name for script in scripts)
-    if len(scripts) == of:
-        names = "both" if of == 2 else "all three"
-    return f"<i class=small>{names}</i>"
+    links = []
+    for side in sides:
+        links.append(f'<a class=m{number} href="#{side.prefix}{number}">{side.script.path.name}</a>')
+    return f"<i class=small>{', '.join(links)}</i>"
 
 
 def terms_html(sides: list[Side]) -> str:
-    """The terms below J and A by their numbers; what is the same on neighbouring sides is said once."""
+    """The terms below J and A by their numbers, to fold; what is the same on neighbouring sides is said once."""
     all_terms = []
     for side in sides:
         method = method_of(side.script)
@@ -1569,10 +2091,12 @@ def terms_html(sides: list[Side]) -> str:
             if len(groups) == 1:
                 css += " alone"
             style = f"--from:{first + 2};--over:{len(group)}"
-            shared = shared_by([sides[i].script for i, _ in group], len(sides))
+            shared = shared_by([sides[i] for i, _ in group], number)
             body += f"<div class='{css}' style='{style}'>{term_html(terms, sides[first].prefix)}{shared}</div>"
         html += f"<div class=term><b class=m{number}>{number}</b>{body}</div>\n"
-    return html
+    if not html:
+        return ""
+    return f"<details id=terms><summary>what the numbers stand for</summary>\n{html}</details>\n"
 
 
 def paper_links(scripts: list[Script]) -> str:
@@ -1581,7 +2105,8 @@ def paper_links(scripts: list[Script]) -> str:
     for script in scripts:
         method = method_of(script)
         if method:
-            links.append(f"<a href=https://arxiv.org/abs/{method.paper}>{method.title}</a>")
+            place = "https://doi.org/" if method.paper.startswith("10.") else "https://arxiv.org/abs/"
+            links.append(f"<a href={place}{method.paper}>{method.title}</a>")
     if not links:
         return ""
     return "papers: " + ", ".join(links)
@@ -1597,9 +2122,9 @@ def next_stop(link: str) -> str:
 
 
 def siblings(left: str, right: str = "") -> str:
-    """Links to the pages that compare a method with the others of this repository; that of the right one is this."""
+    """Links to the pages that compare a method with others of the right one's folder; that of the right one is this."""
     links = []
-    for pair in list(itertools.combinations(OBJECTIVES, 2)) + FAMILY:
+    for pair in FAMILY if (left, right) in FAMILY else itertools.combinations(OBJECTIVES, 2):
         if left not in pair:
             continue
         other = pair[1] if pair[0] == left else pair[0]
@@ -1637,8 +2162,8 @@ def contents(names: list[str]) -> str:
     return f'<div class="bar small"><span>{links}</span>{CONTROLS}</div>'
 
 
-def page(left: Script, right: Script, index: str = "index.html") -> str:
-    """The HTML page of two scripts."""
+def page(left: Script, right: Script, index: bool = True) -> str:
+    """The HTML page of two scripts; index: whether it links to that of this repository."""
     old = make_side(left, "l", "old")
     new = make_side(right, "r", "new")
     body, names = sections_html(old, new)
@@ -1654,7 +2179,9 @@ def page(left: Script, right: Script, index: str = "index.html") -> str:
             links = siblings(*pair)
     nav = ""
     if index:
-        nav = f"<a href={index}>all pages</a> {next_stop(f'{left.path.stem}-{right.path.stem}.html')}"
+        nav = f"<a href=index.html>all pages</a> {next_stop(f'{left.path.stem}-{right.path.stem}.html')}"
+    if index and right.path.parent.name == "family":
+        nav = "<a href=index.html#tree>family tree</a>"
     header = f"""<header>
 <div class=bar><h1>{title}</h1><b>{counted}</b>
 <span class=small>{paper_links([left, right])}</span></div>
@@ -1730,12 +2257,11 @@ in the others: what GRPO does not have.</p>
 {contents(parts)}
 </header>
 """
-    terms = f"<details id=terms><summary>what the numbers stand for</summary>\n{terms_html(sides)}</details>\n"
-    return html_page(title, header + strip_html(sides) + terms + body, sides=3)
+    return html_page(title, header + strip_html(sides) + terms_html(sides) + body, sides=3)
 
 
 def index_page(scripts: dict[str, Script]) -> str:
-    """The HTML page with the route through the methods, and the matrix of pairs below it."""
+    """The HTML page with the route through the methods, the tree of all patches, and the matrix of pairs."""
     route = ""
     for number, (name, link) in enumerate(ROUTE, 1):
         method = METHODS[name]
@@ -1764,8 +2290,14 @@ def index_page(scripts: dict[str, Script]) -> str:
                 table += "<td></td>"
         table += "</tr>"
     body = f"""<header><h1>From GRPO to its relatives, side by side</h1>
-{notation(list(METHODS.values()))}</header>
-{route}<header><h1>All pairs</h1>
+{notation([METHODS[name] for name in OBJECTIVES])}
+<p class="small bar"><a href=#tree>the family tree</a> <a href=#pairs>all pairs</a></p></header>
+{route}<header id=tree><h1>The family tree</h1>
+<p>Who is whose patch, by how many lines of code, and the equation that changes. Marked is what is new; it leads to \
+its line of code.</p></header>
+<ul class=tree>
+{tree_html("grpo", scripts)}</ul>
+<header id=pairs><h1>All pairs</h1>
 Lines that go out and come in (code only).
 <table>
 {table}
@@ -1777,6 +2309,31 @@ Lines that go out and come in (code only).
     return html_page("From GRPO to its relatives, side by side", body)
 
 
+def tree_html(name: str, scripts: dict[str, Script]) -> str:
+    """A script in the tree, and below it its patches."""
+    method = METHODS[name]
+    patches = [patch for base, patch in TREE if base == name]
+    bases = [base for base, patch in TREE if patch == name]
+    if bases:
+        page = f"{bases[0]}-{name}.html"
+        only_left, only_right = count(scripts[bases[0]].text, scripts[name].text)
+        size = f"{only_left} out, {only_right} in"
+        equation = svg(EDGES[name], "r", page=page)
+    else:
+        page = f"{name}.html"
+        size = f"{lines_of(len(code_only(scripts[name].text)))} of code"
+        equation = svg(method.objective, "l", page=page) + svg(method.second, "l", page=page)
+    html = f"""<li><div class=node><div><a href={page}><b>{method.title}</b></a> <span class=small>{size}</span></div>
+<div class=equation>{equation}</div></div>
+"""
+    if patches:
+        html += "<ul>\n"
+        for patch in patches:
+            html += tree_html(patch, scripts)
+        html += "</ul>\n"
+    return html + "</li>\n"
+
+
 def plain(formula: Formula) -> Formula:
     """A formula without its marks."""
     return [(0, text) for _, text in formula]
@@ -1784,7 +2341,7 @@ def plain(formula: Formula) -> Formula:
 
 # --- pictures, where a page is shown as source ---
 
-PICTURE_COLOURS = {1: "#c2185b", 2: "#7a1fa2", 3: "#00695c", 4: "#8d5000", 5: "#283fc4"}
+PICTURE_COLOURS = {1: "#c2185b", 2: "#7a1fa2", 3: "#00695c", 4: "#8d5000", 5: "#283fc4", 6: "#4f6a00"}
 PICTURE_COLUMNS = 66  # characters in a line of a picture
 LINE_HEIGHT = 15.5  # points
 
@@ -1899,7 +2456,7 @@ def compare_own(names: list[str], folder: Path) -> None:
         right = in_one_section(right)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{left.path.stem}-{right.path.stem}.html"
-    path.write_text(page(left, right, index=""), encoding="utf-8", newline="\n")
+    path.write_text(page(left, right, index=False), encoding="utf-8", newline="\n")
     print(path)
 
 
