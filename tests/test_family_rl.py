@@ -579,7 +579,7 @@ def test_sampling_gives_up_and_says_what_it_found(tiny, monkeypatch, questions, 
     with pytest.raises(SystemExit) as error:
         rounds.sample(monkeypatch, lambda i: 1 if i in known else right, questions)
     assert str(error.value) == (
-        f"step 1: in 3 rounds only 1 of 4 groups have right and wrong responses (accuracy {right / 2:.2f}); "
+        f"step 1: in 3 rounds 1 of 4 groups have right and wrong responses (accuracy at last {right / 2:.2f}); "
         "the task is too hard or too easy by now: change it"
     )
     assert len(rounds.asked) == 3
@@ -587,10 +587,10 @@ def test_sampling_gives_up_and_says_what_it_found(tiny, monkeypatch, questions, 
 
 def test_all_processes_give_up_if_one_of_them_has_too_few_groups(tiny, monkeypatch, questions):
     asked = []
-    monkeypatch.setattr(dapo, "gather", lambda values: asked.append(values) or [*values, True])
+    monkeypatch.setattr(dapo, "gather", lambda values: asked.append(values) or [*values, 3])
     with pytest.raises(SystemExit):
         Rounds(tiny[1]).sample(monkeypatch, lambda i: 1, questions)
-    assert asked == [[False]], "this one has enough"
+    assert asked == [[4]], "this one has enough"
 
 
 def test_without_dynamic_sampling_all_groups_of_one_round_are_taken(tiny, monkeypatch, questions):
@@ -972,7 +972,7 @@ def test_when_dapo_gives_up_what_it_had_is_saved_and_a_resumed_run_goes_on_to_th
         run(tmp_path, "part", dapo, **flags)
     assert error.value.code == 2
     assert capsys.readouterr().err.rstrip().rpartition("\n")[2] == (
-        "step 3: in 5 rounds only 0 of 4 groups have right and wrong responses (accuracy 1.00); "
+        "step 3: in 5 rounds 0 of 4 groups have right and wrong responses (accuracy at last 1.00); "
         "the task is too hard or too easy by now: change it"
     )
     assert saved(tmp_path, "part")["step"] == 2
@@ -987,7 +987,7 @@ def test_when_dapo_gives_up_what_it_had_is_saved_and_a_resumed_run_goes_on_to_th
 def test_when_dapo_gives_up_at_its_first_step_there_is_nothing_to_save(tmp_path, small, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "run", dapo, steps=1, max_new_tokens=3, max_rounds=2)
-    assert "step 1: in 2 rounds only 0 of 4 groups" in capsys.readouterr().err
+    assert "step 1: in 2 rounds 0 of 4 groups" in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
