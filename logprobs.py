@@ -299,10 +299,9 @@ def one_token_more(batch: Rollouts) -> Rollouts:
     T = batch.response_mask.shape[1]
     columns = torch.arange(T + 1, device=batch.response_mask.device)  # [T + 1]
     response_mask = columns <= batch.lengths[:, None]  # [B, T + 1]
-    prompt_mask = batch.attention_mask[:, : batch.prompt_width]  # [B, L]
     return Rollouts(
         input_ids=torch.nn.functional.pad(batch.input_ids, (0, 1)),  # which token it is does not matter
-        attention_mask=torch.cat([prompt_mask, response_mask.long()], dim=1),
+        attention_mask=torch.nn.functional.pad(batch.attention_mask, (0, 1)),  # nor does anything look at it
         response_mask=response_mask,
         sampler_logp=torch.nn.functional.pad(batch.sampler_logp, (0, 1)),
         prompt_index=batch.prompt_index,

@@ -22,6 +22,7 @@ import itertools
 import math
 import re
 import unicodedata
+from collections import Counter
 from difflib import get_close_matches
 from statistics import fmean, stdev
 
@@ -238,9 +239,9 @@ def mixed_language(response: str, example: dict) -> float:
     Chinese characters and Japanese syllables are one system. Give it a negative weight.
     """
     counts = {}  # writing system -> letters
-    for letter in filter(str.isalpha, response):
-        system = unicodedata.name(letter, "UNKNOWN").split()[0]
-        if system in ("HIRAGANA", "KATAKANA"):
+    for letter in filter(str.isalpha, unicodedata.normalize("NFKC", response)):  # of a letter in bold the letter
+        system = re.split("[ -]", unicodedata.name(letter, "UNKNOWN"))[0]
+        if system in ("HIRAGANA", "KATAKANA", "IDEOGRAPHIC"):
             system = "CJK"
         if system != "GREEK":
             counts[system] = counts.get(system, 0) + 1
@@ -361,6 +362,20 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     if not (0 <= correct <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= correct <= n and 1 <= k <= n; got n={n}, correct={correct}, k={k}")
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority_is_right(texts: list[str], right: list[float], example: dict) -> bool:
+    """Whether the answer that most of these responses give is right; of answers as frequent the first one counts.
+
+    Answers are told apart as text. Responses without an answer have no vote.
+    right: the accuracy of each response
+    """
+    votes = [tuple(final_answers(text, example)) for text in texts]
+    counts = Counter(vote for vote in votes if vote)
+    if not counts:
+        return False
+    winner = counts.most_common(1)[0][0]
+    return right[votes.index(winner)] == 1
 
 
 # --- metrics ---

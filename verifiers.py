@@ -572,7 +572,7 @@ def parse_atom(tokens: list[str]) -> Fraction:
 # --- rule 5: steps ---
 
 SUM = re.compile(r"[0-9]+(?:\+[0-9]+)+=")  # a question whose steps can be judged
-ADDITION = re.compile(r"([0-9]+)\+([0-9]+)=([0-9]+)")  # a step
+ADDITION = re.compile(r"([0-9]{1,20}) ?\+ ?([0-9]{1,20}) ?= ?([0-9]{1,20})")  # a step
 
 
 def has_steps(example: dict) -> bool:
@@ -590,17 +590,17 @@ def judge_steps(response: str, example: dict) -> list[tuple[int, float]]:
     thinking, closing, _ = response.partition("</think>")
     judged = []
     for match in re.finditer("[^,]*,|[^,]+$", thinking):
-        is_last = match.end() == len(thinking)
-        if is_last and not closing:  # cut off, or no thinking at all
+        by_comma = match[0].endswith(",")
+        if not by_comma and not closing:  # cut off, or no thinking at all
             break
-        step = ADDITION.fullmatch(match[0].removeprefix("<think>").removesuffix(",").strip())
+        step = ADDITION.fullmatch(match[0].strip().removeprefix("<think>").removesuffix(",").strip())
         right = False
         if step and numbers:
             a, b, c = (int(number) for number in step.groups())
             right = a == previous and b == numbers[0] and a + b == c
             previous = c
             numbers = numbers[1:]
-        end = match.end() + (len(closing) if is_last else 0)
+        end = match.end() if by_comma else match.end() + len(closing)
         judged.append((end, float(right)))
     return judged
 

@@ -6,7 +6,8 @@ and one wrong o-; maximise, over all tokens of these,
     J(theta) = mean_{o+} w+_t A log pi(o_t | ..) + eta mean_{o-} w-_t A log pi(o_t | ..) - beta mean D_t   (eq. 11)
 
     A    = r - mean of the other r of its group               (1) the advantage, above 0 for o+ and below for o-:
-                                                                  clone right responses, push wrong ones away
+                                                                  clone right responses, push wrong ones away.
+                                                                  r is the accuracy, 1 or 0; --rewards is only logged
     mean                                                      (2) over the tokens of all o+, of all o-, of both
     w+_t = max(2 sigma(m_t) - 1, 0)                           (3) the importance of a token, from 0 to 1     (eq. 10)
     w-_t = max(1 - 2 sigma(m_t), 0)

@@ -16,8 +16,8 @@ What it adds to RLOO (rloo.py) keeps the policy exploring: a high temperature, a
 that follows, so that the KL brakes the change of the last steps and not the distance from the start. A response with a
 bad pattern (cut off, repeating itself, mixing languages: the reward bad_pattern in rewards.py) has 1 subtracted from
 its reward; a summary of the paper says that it gets -1 instead.
-The paper centres the KL in its group. Under (1) that does nothing, since what a whole group has in common falls out: so
-there is no code for it. (Less the mean of the others instead, it would be beta times G/(G-1).)
+The paper subtracts from each KL the mean of the others. Under (1) that is beta times G/(G-1), and no more; less the
+mean of the whole group it would be nothing, since what a group has in common falls out. So there is no code for it.
 Known are G = 64, beta = 2e-4, the temperature, a learning rate of 1.5e-6. Not known: alpha, a, and over what entropies
 are averaged. Here it is the mean of each response, and then over responses.
 The policy is evaluated at the temperature it samples with, so eval_pass@1 is at 1.2; eval_accuracy, greedy, is not.

@@ -926,6 +926,25 @@ def test_oreal_learns_from_two_responses_of_each_mixed_group(tmp_path, small, mo
     assert torch.equal(batch["advantages"], rloo.group_advantages(batch["right"], 4)), "of the accuracy alone"
 
 
+def test_the_weights_of_tokens_are_of_judgements_that_know_the_token(tmp_path, small, monkeypatch, with_heads):
+    score_by_tokens(monkeypatch, oreal)
+    seen, weights = [], []
+    record_batches(monkeypatch, oreal, seen)
+    policy_loss = oreal.policy_loss
+    monkeypatch.setattr(oreal, "policy_loss", lambda *rest: weights.append(rest[-1]) or policy_loss(*rest))
+    record = run(tmp_path, "run", oreal, steps=1, reward_warmup=0, reward_lr=0.0, lr=0.0)[1]
+    (batch,) = seen
+    (judge,) = with_heads  # which has not changed
+    taken = batch.select(batch["in_loss"].any(1).nonzero()[:, 0])
+    with torch.no_grad():
+        w = judge(taken, after=True)
+    expected = oreal.token_weights(w, taken.response_mask, taken["right"])
+    assert torch.allclose(weights[0], expected, atol=1e-5)
+    assert record["token_weight"] == pytest.approx(expected[taken.response_mask].mean().item(), rel=1e-4) and w.any()
+    told = (w.sum(1) > 0) == (taken["right"] == 1)
+    assert record["reward_model_accuracy"] == pytest.approx(told.float().mean().item())
+
+
 @pytest.mark.parametrize("right", [0.0, 1.0])
 def test_without_a_mixed_group_oreal_learns_nothing(tmp_path, small, monkeypatch, tiny, right):
     score = oreal.score
@@ -962,6 +981,26 @@ def small(monkeypatch):
 
 
 @pytest.fixture
+def with_heads(monkeypatch):
+    """The second networks of VAPO and OREAL with a head that is not 0; returns those that are made.
+
+    From 0, the first gradients of a head may be 0 but for rounding, which Adam would make large.
+    """
+    make_value = oreal.make_value
+    made = []
+
+    def with_a_head(*arguments):
+        value = make_value(*arguments)
+        torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
+        made.append(value)
+        return value
+
+    for script in (vapo, oreal):
+        monkeypatch.setattr(script, "make_value", with_a_head)
+    return made
+
+
+@pytest.fixture
 def flags_of(monkeypatch, teacher):
     """The flags of a run of a member, whose responses are right by their token ids."""
 
@@ -973,20 +1012,12 @@ def flags_of(monkeypatch, teacher):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_any_microbatch_size_gives_the_same_run(tmp_path, small, monkeypatch, flags_of, name):
-    make_value = oreal.make_value
-
-    def with_a_head(*arguments):
-        """From 0, the first gradients of the head are 0 but for rounding, which Adam would make large."""
-        value = make_value(*arguments)
-        torch.nn.init.normal_(value.head.weight, generator=torch.Generator().manual_seed(0))
-        return value
-
-    for script in (vapo, oreal):
-        monkeypatch.setattr(script, "make_value", with_a_head)
+def test_any_microbatch_size_gives_the_same_run(tmp_path, small, with_heads, flags_of, name):
     flags = flags_of(name) | {"epochs": 2, "lr": 1e-5}
-    if name in ("vapo", "oreal"):
-        flags |= {"value_warmup": 0, "value_lr": 1e-5} if name == "vapo" else {"reward_warmup": 0, "reward_lr": 1e-5}
+    if name == "vapo":
+        flags |= {"value_warmup": 0, "value_lr": 1e-5}
+    if name == "oreal":
+        flags |= {"reward_warmup": 0, "reward_lr": 1e-5}
     one, other = (
         run(tmp_path, str(b), SCRIPTS[name], steps=1, tokens_per_microbatch=b, **flags)[1] for b in (1, 10**6)
     )

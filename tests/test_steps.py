@@ -44,10 +44,13 @@ END = "</think>"
         ([("<think>3+5=8,", 1), (",", 0), ("8+9=17</think>", 1)], ""),
         ([("<think></think>", 0)], "<answer>17</answer>"),
         ([("<think>3+5=8=8,", 0), ("3+5=8.0,", 0), ("٣+٥=٨,", 0), ("3+5=8</think>", 1)], ""),
-        # spaces around a step, but not in it
+        # spaces around a step and in it
         ([("<think> 3+5=8 ,", 1), ("\n8+9=17\n</think>", 1)], ""),
-        ([("<think>3 + 5 = 8,", 0), ("3+5=8</think>", 1)], ""),
+        ([(" <think>3 + 5 = 8,", 1), ("8 +9= 17</think>", 1)], ""),
+        # a number that Python would refuse to read
+        ([("<think>3+5=" + "8" * 5000 + ",", 0)], "8"),
         # cut off
+        ([("<think>3+5=8,", 1), ("8+9=17,", 1)], ""),
         ([("<think>3+5=8,", 1)], "8+9=1"),
         ([("<think>3+5=8,", 1)], "8+9=17"),
         ([("<think>3+5=8,", 1)], "8+9=17</thin"),
@@ -263,7 +266,7 @@ def test_mixed_language_by_hand(response, expected):
         ("", "length", 1.0),
         ("a b c d a b c d", "stop", 0.0),  # .2
         ("1 1 1 1 1", "stop", 1.0),  # .5
-        ("abcdefghi д", "stop", 0.0),  # exactly .1
+        ("abcdefghi д", "stop", 0.0),  # .1
         ("abcdefgh д", "stop", 1.0),
         ("3+5=8 α", "stop", 0.0),
     ],
@@ -292,3 +295,8 @@ def test_score_gives_these_rewards_what_they_ask_for():
     assert scores["repetition"] == [0.0, 0.5, 0.0] and scores["mixed_language"] == [0.0] * 3
     weighted = rewards.weighted_sum(scores, {"accuracy": 1.0, "bad_pattern": -1.0})
     assert weighted == [1.0, -1.0, 0.0], "added to the reward, which a wrong response has none of"
+
+
+@pytest.mark.parametrize("text", ["データ データ コーヒー", "人々", "5 µm", "x ∈ ℝ, 𝑥 = π", "ＡＢＣ abc"])
+def test_forms_of_the_same_letters_are_no_mixture(text):
+    assert mixed_language(text, {}) == 0
