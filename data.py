@@ -121,15 +121,20 @@ def arithmetic_pool(level: int, in_words: bool) -> list[dict]:
     pool = []
     for index in sums:
         digits = [index // 9**place % 9 + 1 for place in range(level)]  # those of `index` in base 9, plus 1
-        if in_words:
-            question = WORDS.format(" + ".join(map(str, digits)))
-        else:
-            question = "+".join(map(str, digits)) + "="
-        example = {"question": question, "answer": str(sum(digits)), "verifier": "number", "level": level}
-        if not in_words:
-            example["tags"] = True  # the tiny model's task: to keep the format is a part of it
-        pool.append(example)
+        pool.append(arithmetic_example(digits, in_words))
     return pool
+
+
+def arithmetic_example(numbers: list[int], in_words: bool) -> dict:
+    """The sum of these numbers, as a question."""
+    if in_words:
+        question = WORDS.format(" + ".join(map(str, numbers)))
+    else:
+        question = "+".join(map(str, numbers)) + "="
+    example = {"question": question, "answer": str(sum(numbers)), "verifier": "number", "level": len(numbers)}
+    if not in_words:
+        example["tags"] = True  # the tiny model's task: to keep the format is a part of it
+    return example
 
 
 def countdown_pool(level: int) -> list[dict]:
@@ -141,20 +146,25 @@ def countdown_pool(level: int) -> list[dict]:
         expression, target = random_expression(numbers, rng)
         if not 10 <= target <= 999 or target in numbers:
             continue
-        question = (
-            f"Make {target} from the numbers {', '.join(map(str, numbers))}. Use each number exactly once, "
-            "with + - * / and parentheses. Answer with one expression, such as (1 + 2) * 3."
-        )
-        example = {
-            "question": question,
-            "answer": expression,
-            "verifier": "countdown",
-            "level": level,
-            "numbers": numbers,
-            "target": target,
-        }
-        pool.setdefault(question, example)
+        example = countdown_example(numbers, expression, target)
+        pool.setdefault(example["question"], example)
     return list(pool.values())
+
+
+def countdown_example(numbers: list[int], expression: str, target: int) -> dict:
+    """The question how to make the target of these numbers; expression: an answer."""
+    question = (
+        f"Make {target} from the numbers {', '.join(map(str, numbers))}. Use each number exactly once, "
+        "with + - * / and parentheses. Answer with one expression, such as (1 + 2) * 3."
+    )
+    return {
+        "question": question,
+        "answer": expression,
+        "verifier": "countdown",
+        "level": len(numbers),
+        "numbers": numbers,
+        "target": target,
+    }
 
 
 def random_expression(numbers: list[int], rng: random.Random) -> tuple[str, int]:
@@ -178,7 +188,68 @@ def random_expression(numbers: list[int], rng: random.Random) -> tuple[str, int]
     return expression[1:-1], value  # without the outermost parentheses
 
 
+PERTURBATIONS = ("numbers", "order", "longer")
+
+
+def perturb(examples: list[dict], how: str) -> list[dict]:
+    """Questions of a procedural task, each changed a little: the same ones every time.
+
+    numbers: other numbers, as many; order: the same numbers in another order, where they differ; longer: one number
+    more than the longest of these questions has
+    """
+    longest = max(example["level"] for example in examples)
+    changed = []
+    for example in examples:
+        rng = random.Random(f"perturb {how} {example['question']} {SPLIT_SEED}")
+        level = longest + 1 if how == "longer" else example["level"]
+        if example["verifier"] == "countdown":
+            changed.append(perturb_countdown(example, how, level, rng))
+        else:
+            changed.append(perturb_sum(example, how, level, rng))
+    return changed
+
+
+def perturb_sum(example: dict, how: str, level: int, rng: random.Random) -> dict:
+    """Another sum of `level` numbers."""
+    in_words = not example.get("tags", False)
+    last_line = example["question"].rpartition("\n")[2]
+    numbers = [int(number) for number in re.findall("[0-9]+", last_line)]
+    if how == "order":
+        return arithmetic_example(another_order(numbers, rng), in_words)
+    if how == "numbers":
+        numbers = []
+    while len(numbers) < level:
+        numbers.append(rng.randint(1, 9))
+    return arithmetic_example(numbers, in_words)
+
+
+def perturb_countdown(example: dict, how: str, level: int, rng: random.Random) -> dict:
+    """Another countdown question over `level` numbers."""
+    if how == "order":
+        return countdown_example(another_order(example["numbers"], rng), example["answer"], example["target"])
+    while True:
+        kept = example["numbers"] if how == "longer" else []
+        numbers = sorted(kept + rng.sample(range(1, 100), level - len(kept)))
+        expression, target = random_expression(numbers, rng)
+        if 10 <= target <= 999 and target not in numbers:
+            return countdown_example(numbers, expression, target)
+
+
+def another_order(numbers: list[int], rng: random.Random) -> list[int]:
+    """The numbers shuffled; another order than before unless all are equal."""
+    shuffled = list(numbers)
+    while shuffled == numbers and len(set(numbers)) > 1:
+        rng.shuffle(shuffled)
+    return shuffled
+
+
 # --- tasks from files and from the Hub ---
+
+
+def read_examples(source: str, task: str) -> list[dict]:
+    """All examples of a file, in its order; of a Hub data set those of its test split, or else of its train split."""
+    train_rows, test_rows = read_source(source)
+    return [to_example(row, task, where) for where, row in test_rows or train_rows]
 
 
 def source_task(name: str, data: tuple[str, ...]) -> Task:

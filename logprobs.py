@@ -143,6 +143,7 @@ def load_teacher(path: str, device: torch.device, tokenizer):
     teacher, its_tokenizer = load_policy(path, device, flag="--teacher")
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         fail(f"--teacher {path}: its tokens are not those of --model; give a model of the same family")
+    teacher.model.to(torch.bfloat16 if device.type == "cuda" else torch.float32)  # what is frozen needs no more
     return teacher.requires_grad_(False)
 
 
@@ -359,7 +360,8 @@ class Value(torch.nn.Module):
             adapters.use(self.body, adapters.VALUE)
         if after:
             longer = one_token_more(batch)
-            return self.forward(longer, dtype)[:, 1:] * batch.response_mask
+            V = self.head(response_states(self.body, longer)).squeeze(-1)  # [N + B]
+            return on_mask(V.to(dtype), longer.response_mask)[:, 1:] * batch.response_mask
         V = self.head(response_states(self.body, batch)).squeeze(-1)  # [N]
         return on_mask(V.to(dtype), batch.response_mask)
 
@@ -368,6 +370,91 @@ class Value(torch.nn.Module):
         if self.lora_rank:
             return [*adapters.adapter_weights(self.body, adapters.VALUE).values(), *self.head.parameters()]
         return list(self.parameters())
+
+
+class Scorer(Value):
+    """A reward model: a linear head on the state of each response token after it was written; the last one's counts.
+
+    `model` is the sequence-classification model as Transformers made it, which other programs load.
+    """
+
+    def __init__(self, model, gradient_checkpointing: bool = False):
+        torch.nn.Module.__init__(self)
+        self.model = model
+        self.lora_rank = 0
+        use_packed_attention(model.base_model)
+        if gradient_checkpointing:
+            model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.eval()  # no dropout
+
+    @property
+    def body(self):
+        return self.model.base_model
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        return scalar_head(self.model)
+
+    def forward(self, batch: Rollouts, each: bool = False) -> torch.Tensor:
+        """The score of each response, [B]; with `each` what it would be after each token, [B, T]. With gradient."""
+        scores = super().forward(batch, after=True)  # [B, T]
+        if each:
+            return scores
+        last = batch.lengths[:, None] - 1  # [B, 1]
+        return scores.gather(1, last).squeeze(1)  # [B]
+
+    def weights(self):
+        """Yield (name, tensor) of the model, one at a time, to be saved."""
+        yield from self.model.state_dict().items()
+
+
+def load_scorer(path: str, device: torch.device, gradient_checkpointing: bool = False):
+    """(reward model, tokenizer) that starts from a language model, with a head of zeros, or from a reward model."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    quieten_transformers()
+    check_folder("--model", path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            num_labels=1,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # of many types, as in load_model
+        fail(f"--model {path} cannot be loaded as a reward model ({type(error).__name__}): {first_line(error)}")
+    check_model("--model", path, model)
+    check_tokenizer("--model", path, tokenizer, model)
+    model.config.pad_token_id = tokenizer.pad_token_id  # or Transformers would not score a padded batch
+    model.eval()
+    head = scalar_head(model)
+    missing = set(report["missing_keys"])
+    in_head = set()
+    for name, module in model.named_modules():
+        if module is head:
+            in_head = {f"{name}.weight", f"{name}.bias"}
+    if head is None or missing - in_head:
+        fail(f"--model {path}: it cannot be made a reward model with a linear head on its states")
+    if missing:  # a language model, which has no such head
+        torch.nn.init.zeros_(head.weight)
+    if not scores_the_last_token(model):
+        fail(f"--model {path}: a reward model here is a causal model with a linear head on its last state")
+    return Scorer(model.to(device), gradient_checkpointing), tokenizer
+
+
+@torch.no_grad()
+def batch_scores(scorer: Scorer, batch: Rollouts, budget: int, each: bool = False) -> torch.Tensor:
+    """The scores of a whole batch without gradient, [B] or with `each` [B, T], in micro-batches of `budget` tokens."""
+    scores = torch.zeros_like(batch.sampler_logp)  # [B, T]
+    for micro in batch.microbatches(batch["row"], budget):
+        part = scorer(micro, each=True)  # [b, t]
+        scores[micro["row"], : part.shape[1]] = part
+    if each:
+        return scores
+    return scores.gather(1, batch.lengths[:, None] - 1).squeeze(1)  # [B]
 
 
 def make_value(config, policy: Policy, tokenizer) -> Value:
@@ -427,6 +514,17 @@ def scalar_head(model) -> torch.nn.Linear | None:
         if isinstance(module, torch.nn.Linear) and module.out_features == 1 and module not in body:
             return module
     return None
+
+
+def scores_the_last_token(model) -> bool:
+    """Whether a reward model is a causal model with a linear head, which gives its score on the last token's state."""
+    head = scalar_head(model)
+    if head is None:
+        return False
+    try:
+        return sees_the_past_only(model.base_model) and scores_are_head_of_states(model, head)
+    except Exception:  # of many types: an architecture that wants more than tokens is none
+        return False
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ data.py has. A demonstration has "prompt", "response", "prompt_ids" and "respons
 """
 
 import math
+import random
+from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -27,9 +29,10 @@ from data import (
     with_system,
 )
 from logprobs import batch_logprobs
+from plot import reliability
 from plumbing.fail import fail, say
 from plumbing.processes import gather, most
-from rewards import score
+from rewards import calibration_bins, calibration_error, reward_ids, score, weighted_sum
 
 RESPONSES = ("chosen", "rejected")
 
@@ -39,11 +42,16 @@ RESPONSES = ("chosen", "rejected")
 
 def read_pairs(sources: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
     """The training and the held-out pairs of --data, as text. No held-out prompt is trained on."""
+    return read_both(sources, preferences)
+
+
+def read_both(sources: tuple[str, ...], of_rows) -> tuple[list[dict], list[dict]]:
+    """The training and the held-out examples of --data; of_rows(rows, source) makes them of a source's rows."""
     if len(sources) > 2:
         fail("--data takes one source of pairs, or two: TRAIN.jsonl HELD_OUT.jsonl")
-    train, test = read_preferences(sources[0])
+    train, test = read_preferences(sources[0], of_rows)
     if len(sources) == 2:
-        second_train, second_test = read_preferences(sources[1])
+        second_train, second_test = read_preferences(sources[1], of_rows)
         test = second_test or second_train
     train, test = split_by_prompt(train, test)
     if not train:
@@ -74,10 +82,11 @@ def tokens_together(pair: dict, response: str) -> int:
     return len(pair["prompt_ids"]) + len(pair[f"{response}_ids"])
 
 
-def read_preferences(source: str) -> tuple[list[dict], list[dict]]:
-    """The train and the test pairs of a Hub data set or of a JSONL file (no test pairs)."""
+def read_preferences(source: str, of_rows=None) -> tuple[list[dict], list[dict]]:
+    """The train and the test examples of a Hub data set or of a file (no test ones); without of_rows they are pairs."""
     train, test = read_source(source)
-    return preferences(train, source), preferences(test, source)
+    make = of_rows or preferences
+    return make(train, source), make(test, source)
 
 
 def preferences(rows: list[tuple[str, dict]], source: str) -> list[dict]:
@@ -313,6 +322,120 @@ class Reference:
 def ids_of(pair: dict) -> tuple:
     """What two pairs have in common only if all their tokens are equal."""
     return tuple(tuple(pair[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+
+# --- ranked answers, for reward models ---
+
+
+def read_ranked(sources: tuple[str, ...]) -> tuple[list[dict], list[dict]]:
+    """The training and the held-out questions of --data, each with its answers as text, the best first ("ranked")."""
+    return read_both(sources, ranked_answers)
+
+
+def ranked_answers(rows: list[tuple[str, dict]], source: str) -> list[dict]:
+    """The questions in these rows, which have a list "ranked", or else chosen and rejected."""
+    pairs = [(where, row) for where, row in rows if "ranked" not in row]
+    found = [pair | {"ranked": [pair["chosen"], pair["rejected"]]} for pair in preferences(pairs, source)]
+    for where, row in rows:
+        if "ranked" not in row:
+            continue
+        answers = row["ranked"]
+        if not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(x, str) and x for x in answers):
+            fail(f'{where}: "ranked" must be a list of two answers or more, the best one first, each of them text')
+        question = pick_fields(row, ("prompt",), where)
+        found.append(question | question_and_system(question, row, where) | {"ranked": answers})
+    return found
+
+
+def encode_ranked(train: list[dict], test: list[dict], config, tokenizer) -> tuple[list[dict], list[dict]]:
+    """The training questions and the first --eval-prompts held-out ones, with the token ids of their answers."""
+    limit = config.max_prompt_tokens + config.max_new_tokens
+    train = encode_answers(train, tokenizer, limit, "training")
+    held_out = encode_answers(test[: config.eval_prompts], tokenizer, limit, "held-out")
+    numbers = sorted({len(question["ranked_ids"]) for question in train + held_out})
+    if len(numbers) > 1:
+        fail(f"--data: questions have {numbers[0]} to {numbers[-1]} ranked answers; give all of them as many")
+    return train, held_out
+
+
+def encode_answers(questions: list[dict], tokenizer, limit: int, split: str) -> list[dict]:
+    """Copies of the questions with "ranked_ids", the rest of each answer's tokens after "prompt_ids", which all share.
+
+    The tokens are those that a reward model reads (rewards.py), cut after `limit`. Left out, and counted: questions of
+    which two answers are equal by then.
+    """
+    kept = []
+    for question in questions:
+        texts = [reward_ids(tokenizer, question["question"], answer)[:limit] for answer in question["ranked"]]
+        shared = common_beginning(texts)
+        if len({tuple(ids) for ids in texts}) == len(texts) and shared > 0:
+            answers = [ids[shared:] for ids in texts]
+            kept.append(question | {"prompt_ids": texts[0][:shared], "ranked_ids": answers})
+    left_out = len(questions) - len(kept)
+    if left_out:
+        say(f"data: {left_out} {split} questions have answers that are equal after {limit} tokens and were left out")
+    return kept
+
+
+def common_beginning(texts: list[list[int]]) -> int:
+    """How many tokens all texts have in common at their beginning, at least one less than the shortest has."""
+    shortest = min(len(ids) for ids in texts)
+    shared = 0
+    while shared < shortest - 1 and len({ids[shared] for ids in texts}) == 1:
+        shared += 1
+    return shared
+
+
+def sample_ranked(config, sampler, questions: list[dict], weights: dict[str, float], seed: int) -> list[dict]:
+    """Questions with two responses that the sampler wrote, in the order of their weighted rewards.
+
+    Of G responses they are the first one and the first whose reward is another. A share of --flip stands the wrong way
+    round; "gold" has the rewards, in the order of the answers.
+    """
+    found = []
+    for first in tqdm(range(0, len(questions), 64), desc="responses to make pairs of", leave=False):
+        part = questions[first : first + 64]
+        prompts = [question["prompt_ids"] for question in part]
+        batch = sampler.generate(prompts, config.group_size, config.temperature, seed + first)
+        examples = [part[i] for i in batch.prompt_index.tolist()]
+        gold = weighted_sum(score(batch, examples, weights), weights)
+        for i, question in enumerate(part):
+            group = range(i * config.group_size, (i + 1) * config.group_size)
+            others = [row for row in group if gold[row] != gold[group[0]]]
+            if not others:
+                continue
+            rows = sorted([group[0], others[0]], key=lambda row: gold[row], reverse=True)
+            if random.Random(f"flip {seed} {question['question']}").random() < config.flip:
+                rows.reverse()
+            answers = {"ranked": [batch.texts[row] for row in rows], "gold": [gold[row] for row in rows]}
+            found.append({"prompt": question["question"], "question": question["question"], "system": ""} | answers)
+    return found
+
+
+def ranked_batch(questions: list[dict], tokenizer, device) -> Rollouts:
+    """The batch of N questions with K answers each: rows 0..K-1 are the first one's, the best first, and so on."""
+    prompts = [question["prompt_ids"] for question in questions]
+    answers = [ids for question in questions for ids in question["ranked_ids"]]
+    return batch_of_texts(prompts, answers, tokenizer, device)
+
+
+def judge_order(scores: torch.Tensor, questions: list[dict], picture: Path) -> dict[str, float]:
+    """How sure a reward model may be of its order, from scores [N, K] of answers that stand in the labelled order.
+
+    eval_calibration: the calibration error of sigma(|margin|), over all pairs of answers, drawn as `picture`
+    eval_gold_accuracy: the share of pairs that are in the order of their rewards, where these are known
+    """
+    better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
+    margin = (scores[:, better] - scores[:, worse]).flatten()
+    confidence = margin.abs().sigmoid().tolist()
+    right = (margin > 0).float().tolist()
+    reliability(calibration_bins(confidence, right, 10, low=0.5), picture)
+    metrics = {"eval_calibration": calibration_error(confidence, right, low=0.5)}
+    if "gold" in questions[0]:
+        gold = torch.tensor([question["gold"] for question in questions], device=scores.device)  # [N, 2]
+        same_order = (scores[:, 0] > scores[:, 1]) == (gold[:, 0] > gold[:, 1])  # [N]
+        metrics["eval_gold_accuracy"] = same_order.float().mean().item()
+    return metrics
 
 
 # --- demonstrations ---

@@ -291,6 +291,57 @@ def save(folders: list[Path], out: Path, wanted: list[str] | None = None) -> Non
     figure(folders, wanted).savefig(out, dpi=90)
 
 
+def reliability(bins: list[list[tuple]], out: Path) -> None:
+    """Write a reliability diagram: for each bin of (confidence, right), the share that is right against the confidence.
+
+    A dot is as large as its bin; below the diagonal the model is too sure.
+    """
+    from matplotlib.figure import Figure
+
+    held = [values for values in bins if values]
+    confidence = [float(np.mean([c for c, _ in values])) for values in held]
+    right = [float(np.mean([r for _, r in values])) for values in held]
+    size = [20 + 400 * len(values) / sum(map(len, held)) for values in held]
+    page = Figure(figsize=(5, 5), layout="constrained")
+    ax = page.add_subplot()
+    low = min([0.5, *confidence])
+    ax.plot([low, 1], [low, 1], color="#777777", linestyle="--", label="calibrated")
+    ax.plot(confidence, right, color=COLOURS[0])
+    ax.scatter(confidence, right, size, color=COLOURS[0], label="held-out pairs")
+    ax.set(xlabel="confidence in the order of a pair", ylabel="share in the right order", ylim=(0, 1.02))
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right")
+    page.savefig(out, dpi=90)
+
+
+def bars(tables: dict[str, dict[str, dict]], metrics: list[str], out: Path) -> None:
+    """Write a picture of models side by side: a panel for each row of their tables, a bar with its error per metric.
+
+    tables: model -> name of a row -> metric -> (mean, standard error)
+    """
+    from matplotlib.figure import Figure
+
+    rows = list(next(iter(tables.values())))
+    across = min(3, len(rows))
+    down = -(-len(rows) // across)
+    page = Figure(figsize=(5.5 * across, 3.6 * down + 0.6), layout="constrained")
+    width = 0.8 / len(tables)
+    for place, row in enumerate(rows, 1):
+        ax = page.add_subplot(down, across, place)
+        for i, (model, table) in enumerate(tables.items()):
+            means = [table[row][metric][0] for metric in metrics]
+            errors = [table[row][metric][1] for metric in metrics]
+            x = np.arange(len(metrics)) + (i - (len(tables) - 1) / 2) * width
+            ax.bar(x, means, width, yerr=errors, capsize=3, color=COLOURS[i % len(COLOURS)], label=model)
+        ax.set_title(row)
+        ax.set_xticks(range(len(metrics)), metrics, rotation=20)
+        ax.set_ylim(top=1.02)
+        ax.grid(alpha=0.3, axis="y")
+    handles, labels = page.axes[0].get_legend_handles_labels()
+    page.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    page.savefig(out, dpi=90)
+
+
 def draw(
     folders: tyro.conf.Positional[list[Path]], metrics: tuple[str, ...] = (), out: Path = Path("curves.png")
 ) -> None:

@@ -111,6 +111,9 @@ def score(batch, examples: list[dict], names) -> Scores:
     scores = Scores()
     scores.unchecked = [0.0] * len(lengths)
     for name in dict.fromkeys(["accuracy", *names]):  # each name once, in this order
+        if isinstance(REWARDS[name], RewardModel):
+            scores[name] = REWARDS[name].scores(batch.texts, examples)
+            continue
         scores[name] = []
         responses = zip(batch.texts, examples, tokens, batch.finish_reasons, strict=True)
         for i, (text, example, ids, finish_reason) in enumerate(responses):
@@ -221,7 +224,7 @@ def r1_zero(response: str, example: dict) -> float:
 
 @reward
 def repetition(response: str, example: dict) -> float:
-    """How much of the response was there before: the share of its runs of 4 words that are not the first of their kind.
+    """How repetitive the response is: the share of its runs of 4 words that occurred earlier in it.
 
     Words end at spaces and commas. Give it a negative weight.
     """
@@ -232,14 +235,20 @@ def repetition(response: str, example: dict) -> float:
     return 1 - len(set(runs)) / len(runs)
 
 
+# Tags, LaTeX commands, and names of one or two Latin letters: format and maths are in no language.
+NO_LANGUAGE = re.compile("|".join([*TAGS, r"\\[A-Za-z]+", r"(?<![A-Za-z])[A-Za-z]{1,2}(?![A-Za-z])"]))
+
+
 @reward
 def mixed_language(response: str, example: dict) -> float:
-    """The share of letters that are not of the writing system most of them are of; Greek ones are maths, and count not.
+    """The share of letters outside the response's main writing system. Give it a negative weight.
 
-    Chinese characters and Japanese syllables are one system. Give it a negative weight.
+    Tags, LaTeX commands, Greek letters and names of one or two Latin letters do not count: they are format or maths.
+    Chinese characters and Japanese syllables are one system.
     """
+    text = NO_LANGUAGE.sub(" ", unicodedata.normalize("NFKC", response))  # NFKC: a letter in bold is the letter
     counts = {}  # writing system -> letters
-    for letter in filter(str.isalpha, unicodedata.normalize("NFKC", response)):  # of a letter in bold the letter
+    for letter in filter(str.isalpha, text):
         system = re.split("[ -]", unicodedata.name(letter, "UNKNOWN"))[0]
         if system in ("HIRAGANA", "KATAKANA", "IDEOGRAPHIC"):
             system = "CJK"
@@ -275,7 +284,7 @@ class RewardModel:
     """A learned reward: a Hugging Face sequence-classification model with one label, and its own tokenizer.
 
     It reads the text of question and response, in its chat template if it has one, so its tokens need not be those of
-    the policy. No padding: each response is read alone, and its score is that of its last token.
+    the policy. A causal model with a linear head reads several at once, any other one by one.
     """
 
     def __init__(self, path: str):
@@ -283,6 +292,7 @@ class RewardModel:
         import torch  # here, because the other rewards do without it
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from logprobs import scalar_head, scores_the_last_token
         from plumbing.model_checks import check_model, check_vocabulary
 
         try:
@@ -302,21 +312,62 @@ class RewardModel:
         check_model("reward model", path, model)
         check_vocabulary("reward model", path, model, self.tokenizer)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.to(self.device).eval()
+        self.pads = scores_the_last_token(model.eval())
+        self.head = scalar_head(model)
+        self.model = model.to(self.device)
 
     def __call__(self, response: str, example: dict) -> float:
         """The score of the response, as the model gives it: any real number."""
+        return self.scores([response], [example])[0]
+
+    def scores(self, responses: list[str], examples: list[dict]) -> list[float]:
+        """The scores of these responses, read in padded batches of like length; equal to those of each alone."""
         import torch
 
-        if self.tokenizer.chat_template:
-            turns = [{"role": "user", "content": example["question"]}, {"role": "assistant", "content": response}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]  # [1, T]
-        else:
-            ids = self.tokenizer(example["question"] + response, return_tensors="pt")["input_ids"]  # [1, T]
-        with torch.no_grad():
-            logits = self.model(ids.to(self.device)).logits  # [1, 1]
-        return logits.item()
+        texts = []
+        for response, example in zip(responses, examples, strict=True):
+            texts.append(reward_ids(self.tokenizer, example["question"], response))
+        scores = [0.0] * len(texts)
+        for part in parts_of_like_length(texts, TOKENS_AT_ONCE if self.pads else 1):
+            ids = [torch.tensor(texts[i]) for i in part]
+            ones = [torch.ones_like(x) for x in ids]
+            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device)  # [b, L]
+            mask = torch.nn.utils.rnn.pad_sequence(ones, batch_first=True).to(self.device)  # [b, L]
+            with torch.no_grad():
+                if self.pads:  # the score is the head on the state of the last token, found by the length
+                    states = self.model.base_model(ids, attention_mask=mask).last_hidden_state  # [b, L, H]
+                    last = states[torch.arange(len(part)), mask.sum(1) - 1]  # [b, H]
+                    found = self.head(last).flatten()  # [b]
+                else:
+                    found = self.model(ids).logits.flatten()  # [1]
+            for i, x in zip(part, found.tolist(), strict=True):
+                scores[i] = x
+        if not all(map(math.isfinite, scores)):
+            fail("rewards: the reward model's scores are not finite (nan or inf)", here=True)
+        return scores
+
+
+TOKENS_AT_ONCE = 16384  # that a reward model reads, padding included
+
+
+def reward_ids(tokenizer, question: str, response: str) -> list[int]:
+    """What a reward model reads, and is trained on: question and response as one text, in its chat template if any."""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(question + response)["input_ids"]
+
+
+def parts_of_like_length(texts: list[list[int]], budget: int) -> list[list[int]]:
+    """The numbers of these texts in parts of at most `budget` tokens, padding included; a longer text goes alone."""
+    parts = []
+    longest_first = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+    for i in longest_first:
+        if not parts or (len(parts[-1]) + 1) * len(texts[parts[-1][0]]) > budget:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 # --- rewards of steps ---
@@ -362,6 +413,26 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     if not (0 <= correct <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= correct <= n and 1 <= k <= n; got n={n}, correct={correct}, k={k}")
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def calibration_error(confidence: list[float], right: list[float], bins: int = 10, low: float = 0.0) -> float:
+    """The expected calibration error: how far, on average, confidence is from the share that is right.
+
+    confidence: from `low` to 1, in `bins` bins of equal width; a bin weighs what it holds. right: 1.0 or 0.0 each
+    """
+    error = 0.0
+    for held in calibration_bins(confidence, right, bins, low):
+        if held:
+            error += abs(sum(c - r for c, r in held)) / len(confidence)
+    return error
+
+
+def calibration_bins(confidence: list[float], right: list[float], bins: int, low: float) -> list[list[tuple]]:
+    """(confidence, right) of what is in each bin; the borders belong to the bin above, and 1 to the last."""
+    held = [[] for _ in range(bins)]
+    for c, r in zip(confidence, right, strict=True):
+        held[min(int((c - low) / (1 - low) * bins), bins - 1)].append((c, r))
+    return held
 
 
 def majority_is_right(texts: list[str], right: list[float], example: dict) -> bool:

@@ -9,12 +9,12 @@ For each question q, sample a group of G responses o_1..o_G from the policy pi_o
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)    (3) the ratio, a weight without gradient: sg
     D_it   = pi_ref/pi - log(pi_ref/pi) - 1                   (4) the estimate of KL(pi || pi_ref), as in grpo.py
 
-Where GRPO (grpo.py) clips a ratio, that token has no gradient: a rare token that has become likelier by 1 + eps, such
-as the "wait" that begins a second thought, teaches nothing in later updates of the same rollout. Here every token keeps
-its gradient, and only the weight of it is bounded: at most the cap, and without a lower bound, as in the paper. With
-one update per rollout all weights are 1; the difference shows with many (--minibatches 8; the paper has 16).
-The value of the cap is not in the paper. ScaleRL finds 4, 5 and 8 alike. It is a bound of the ratio itself, not of its
-distance from 1.
+In GRPO (grpo.py) a token whose ratio is clipped has no gradient. So a rare token of a good response, such as the "wait"
+that begins a second thought, teaches nothing in later updates of the same rollout, once it is likelier by a factor of 1
++ eps. Here every token keeps its gradient. Only its weight is bounded: by the cap, and not from below, as in the paper.
+With one update per rollout all weights are 1 and the cap does nothing; give --minibatches 8 (the paper has 16).
+The paper does not give the value of the cap. ScaleRL finds no difference between 4, 5 and 8. It bounds the ratio
+itself, not its distance from 1.
 The paper's (2) is the mean over the tokens of one question's group, averaged over questions; here, as in TRL and verl,
 it is the mean over the tokens of the update.
 Kept from grpo.py: everything else. Without KL, as in the paper; left out are its dynamic sampling and length penalty,
@@ -58,7 +58,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     minibatches: int = 1  # updates per pass
     lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     beta: float = 0.0  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
-    cap: float = 5.0  # largest weight of a token: the ratio, if it is smaller
+    cap: float = 5.0  # the weight of a token is its ratio, but at most this
     tis: float = 0.0  # truncated importance sampling: weight by pi_old/pi_sampler, capped at this (try 2); 0: off
 
 
@@ -81,7 +81,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int, eps: float = 1e-4, 
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
+    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4 of GRPO's paper).
 
     Never negative, and its mean over samples of pi is KL(pi || pi_ref). Its gradient is not: the loss does not
     differentiate through the sampling. While pi is pi_old, the expected gradient of D is that of KL(pi_ref || pi).

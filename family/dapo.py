@@ -13,17 +13,19 @@ right and with wrong responses (5); maximise, over all tokens,
     R_i    = r_i + w min(0, max(-1, (L_max - L_cache - |o_i|) / L_cache))   (6) soft overlong punishment    (eq. 13)
 
 What it changes in GRPO (grpo.py), and why: eps_high above eps_low lets an unlikely token become likelier, which keeps
-entropy up. A group that is all right or all wrong has no gradient: it is replaced, so that every step learns from as
-many groups. The mean over tokens makes a token of a long response count as much as any other. A response near the limit
-L_max = --max-new-tokens loses reward the more, the longer it is. No KL, since the policy is meant to go far.
-Clip-higher and dynamic sampling need what they act on: with one update per rollout no ratio is clipped (the paper has
-16: --minibatches 16), and each round of sampling costs as much as the first. After --max-rounds without enough groups
-the run ends and says so.
+entropy up. A group that is all right or all wrong has no gradient, so it is replaced: every step learns from the same
+number of groups. With the mean over all tokens, a token of a long response counts as much as any other. A response
+within L_cache tokens of the limit L_max = --max-new-tokens loses reward, more the longer it is. There is no KL, since
+the policy is meant to move far from its start.
+With one update per rollout no ratio is ever clipped, so clip-higher needs several, as the paper's 16 (--minibatches
+16). Every further round of sampling costs as much as the first. If --max-rounds rounds do not give enough groups, the
+run ends and says so.
 The paper's rewards are -1 and 1, and its w is 1. Here they are 0 and 1, and w is 1/2: the same advantages.
 The paper's (2) is the mean over the tokens of one question's group, averaged over questions; here, as in TRL and verl,
 it is the mean over the tokens of the update.
---overlong-filter leaves responses that the limit cut out of the loss: in the paper a step on the way to (6), and off in
-the authors' own recipe. Left out: warm-up of the learning rate, weight decay 0.1 and the dual clip of their code.
+With --overlong-filter truncated responses are left out of the loss. In the paper this is a step on the way to (6); the
+authors' own recipe has it off. Left out: warm-up of the learning rate, weight decay 0.1 and the dual clip of their
+code.
 Kept from grpo.py: everything else. accuracy, reward and lengths in the log are those of the groups that were kept.
 
     python -m family.dapo
@@ -67,11 +69,11 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     beta: float = 0.0  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.28  # eps above: ratios over 1 + eps are clipped
-    dynamic_sampling: bool = True  # sample until all groups of a step have right and wrong responses
-    max_rounds: int = 10  # rounds of sampling in a step, before the run ends
-    overlong_weight: float = 0.5  # w: of the soft overlong punishment
-    overlong_share: Annotated[float, AtLeast(0.01)] = 0.2  # L_cache, as a share of --max-new-tokens
-    overlong_filter: bool = False  # leave responses that the limit cut out of the loss
+    dynamic_sampling: bool = True  # sample until a step has enough groups with right and wrong responses
+    max_rounds: int = 10  # most rounds of sampling in a step; without enough such groups by then the run ends
+    overlong_weight: float = 0.5  # w: weight of the soft overlong punishment; 0: none
+    overlong_share: Annotated[float, AtLeast(0.01)] = 0.2  # L_cache: the punished end, as a share of --max-new-tokens
+    overlong_filter: bool = False  # take truncated responses out of the loss
     tis: float = 0.0  # truncated importance sampling: weight by pi_old/pi_sampler, capped at this (try 2); 0: off
 
 
@@ -88,7 +90,8 @@ def mixed_groups(accuracy: torch.Tensor, group_size: int) -> torch.Tensor:
 def sample_mixed(run: Run, sampler, train: list[dict], step: int) -> tuple[Rollouts, list[dict], int]:
     """(rollouts, the question of each of their P prompts, rounds of sampling), with mixed groups only.
 
-    In the order of the questions each step has --max-rounds turns, of which it takes as many as it needs.
+    A step may draw questions up to --max-rounds times. Draws it does not need are skipped, so that a resumed run draws
+    the same questions as one that was never stopped; in exchange an epoch does not show every question once.
     """
     config = run.config
     wanted = len(run.share(range(config.prompts_per_step)))  # groups of this process
@@ -109,10 +112,10 @@ def sample_mixed(run: Run, sampler, train: list[dict], step: int) -> tuple[Rollo
             questions += [examples[i] for i in rows.tolist()[:: config.group_size]]
     fewest = min(gather([len(questions)]))  # of all processes
     if fewest < wanted:
-        found = f"{fewest} of {wanted} groups have right and wrong responses (accuracy at last {accuracy.mean():.2f})"
-        run.give_up(step, f"in {config.max_rounds} rounds {found}; the task is too hard or too easy by now: change it")
+        found = f"{fewest} of {wanted} groups have right and wrong responses (accuracy {accuracy.mean():.2f})"
+        run.give_up(step, f"in {config.max_rounds} rounds {found}. Too hard or too easy by now: give another --task")
     batch = join(kept)
-    return batch.select(batch["row"][: wanted * config.group_size]), questions, rounds
+    return batch.select(batch["row"][: wanted * config.group_size]), questions[:wanted], rounds
 
 
 # --- advantage ---
@@ -142,7 +145,7 @@ def overlong_punishment(lengths: torch.Tensor, limit: int, cache: float) -> torc
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
+    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4 of GRPO's paper).
 
     Never negative, and its mean over samples of pi is KL(pi || pi_ref). Its gradient is not: the loss does not
     differentiate through the sampling. While pi is pi_old, the expected gradient of D is that of KL(pi_ref || pi).

@@ -11,13 +11,14 @@ For each question x, sample a group of G responses y_1..y_G from the policy pi_o
 
     grad J = 1/G sum_i s_i A_i 1/|y_i| sum_t grad log pi(y_it | x, y_i<t)       where the clip does not bind
 
-The reward is given to a response, so the ratio is one of responses too; GRPO (grpo.py) has one for each token, a single
-sample of a weight. s_i moves far less than a token's ratio, hence the paper's clip of 3e-4 below and 4e-4 above. It
-belongs to learning rates of 1e-6; at that of the tiny model it clips a third of all responses, so the defaults here are
-wider, from a sweep (docs/curves.md). All tokens of a response are clipped together or not at all.
-The ratio is 1 until the first update of a rollout: with one update GSPO is GRPO without its clip. Hence four
-minibatches per rollout, as in the paper. GRPO's 1/|y_i| stays. With --tis a response is weighed by the mean of its
-tokens' weights.
+The reward is that of a whole response, so the ratio is too. GRPO (grpo.py) has a ratio for each token: an importance
+weight from a single sample, which is mostly noise. s_i moves far less than a token's ratio, hence the paper's clip of
+3e-4 below and 4e-4 above. That is for learning rates of 1e-6. At the tiny model's rate it clips a third of all
+responses, so the defaults here are wider, from a sweep (docs/curves.md). All tokens of a response are clipped together
+or not at all.
+Until the first update of a rollout the ratio is 1, so with one update per rollout the step is GRPO's. Hence four
+minibatches per rollout, as in the paper. The 1/|y_i| of GRPO stays. With --tis a response is weighted by the mean of
+its tokens' weights.
 Kept from grpo.py: everything but the ratio. Without KL, as in the paper; --beta adds that of grpo.py.
 
     python -m family.gspo
@@ -57,7 +58,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     temperature: float = 1.0  # divides the logits, when the policy samples and when it learns
     epochs: int = 1  # mu: passes over each rollout
     minibatches: int = 4  # updates per pass; with a single one the ratio is 1
-    lr: float = 1e-4  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
+    lr: float = 5e-5  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     beta: float = 0.0  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.01  # eps below: ratios under 1 - eps are clipped; 3e-4 for a pretrained model
     clip_high: float = 0.013  # eps above: ratios over 1 + eps are clipped; 4e-4 for a pretrained model
@@ -83,7 +84,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int, eps: float = 1e-4, 
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
+    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4 of GRPO's paper).
 
     Never negative, and its mean over samples of pi is KL(pi || pi_ref). Its gradient is not: the loss does not
     differentiate through the sampling. While pi is pi_old, the expected gradient of D is that of KL(pi_ref || pi).

@@ -9,18 +9,18 @@ For each question q, sample a group of G responses o_1..o_G from the policy pi_o
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)    (3) the ratio
     D_it   = pi_ref/pi - log(pi_ref/pi) - 1                   (4) the estimate of KL(pi || pi_ref), as in grpo.py
 
-GRPO (grpo.py) divides by the std. Dividing by the mean makes the objective another one. Let p be the probability of a
+GRPO (grpo.py) divides by the std. Dividing by the mean instead changes the objective. Let p be the probability of a
 right answer to q. Reinforcement learning maximises p; maximum likelihood would maximise
 
     log p = -sum_k (1 - p)^k / k,    with the gradient    sum_k (1 - p)^(k-1) grad p,    k = 1, 2, ...
 
-With rewards of 0 and 1, each log pi(o_i | q) taken whole, the expectation of 1/G sum_i A_i grad log pi(o_i | q) is that
-gradient up to k = G - 1: grad p times (1 - (1 - p)^(G-1)) / p, which is near 1/p, that of log p, for questions with
-some right answers in a group, and at most G - 1. So larger groups change the objective, not the noise alone. (The mean
-over tokens (2) weighs long responses as in DAPO.)
-A negative reward would turn the sign of A, so it is refused.
-Kept from grpo.py: ratio, clip and KL. The paper trains with --beta 0, in one update per rollout. The mean (2) is over
-the tokens of the update, not over those of each question.
+With rewards of 0 and 1 the expectation of 1/G sum_i A_i grad log pi(o_i | q) is that gradient up to k = G - 1, which is
+grad p times (1 - (1 - p)^(G-1)) / p. Where a group usually has a right answer this factor is nearly 1/p, as for log p;
+it is at most G - 1. So a larger group changes the objective itself, not only the noise. (2) divides all responses by
+one number, so each log pi(o_i | q) counts whole, as the sum over its tokens. GRPO's 1/|o_i| would break this.
+A negative reward could turn the sign of A, so it is refused.
+Kept from grpo.py: ratio, clip and KL; the authors train without KL (--beta 0). The mean (2) is over the tokens of the
+update, not over those of each question.
 
     python -m family.maxrl
         On a CPU, no download: within a minute a tiny model learns to think before it answers, and is right.
@@ -87,7 +87,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int, eps: float = 1e-6) 
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
+    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4 of GRPO's paper).
 
     Never negative, and its mean over samples of pi is KL(pi || pi_ref). Its gradient is not: the loss does not
     differentiate through the sampling. While pi is pi_old, the expected gradient of D is that of KL(pi_ref || pi).

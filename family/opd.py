@@ -4,8 +4,9 @@ For each question q, sample G responses o_1..o_G from the policy pi_old; maximis
 
     J(theta) = 1/G sum_i sum_t { min[ rho_it A_it, clip(rho_it, 1 - eps, 1 + eps) A_it ] - beta D_it }
 
-    A_it   = sum_{s >= t} d^(s-t) log( T(o_is | ..) / pi_old(o_is | ..) )   (1) the advantage: what the teacher T makes
-                                                                            of this token, and with d > 0 of the later
+    A_it   = sum_{s >= t} d^(s-t) log( T(o_is | ..) / pi_old(o_is | ..) )   (1) the advantage: how much likelier the
+                                                                            teacher T finds this token than the policy
+                                                                            does; with d > 0 also the later tokens
     sum_t                                                     (2) the sum over the tokens of a response, no 1/|o_i|
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)    (3) the ratio
     D_it   = pi_ref/pi - log(pi_ref/pi) - 1                   (4) of the KL to the starting model, off by default
@@ -13,23 +14,23 @@ For each question q, sample G responses o_1..o_G from the policy pi_old; maximis
 It is GRPO (grpo.py) with another advantage: no reward, no group, a number for each token. With one update per rollout
 
     --discount 0    the expected step is minus the gradient of sum_t E KL( pi(. | s_t) || T(. | s_t) ), where the
-                    distribution of the states s_t = (q, o_<t) is held fixed: each token by itself is to please T
+                    distribution of the states s_t = (q, o_<t) is held fixed: T judges each token by itself
     --discount 1    it is minus the gradient of KL( pi(o | q) || T(o | q) ) of whole responses: a token is also
                     judged by where it leads, which is much noisier
 
 Either KL takes the policy's own samples, so the policy learns to leave out what the teacher would not say
-(mode-seeking), where fine-tuning on the teacher's samples (sft.py) learns to cover all that the teacher says. A mean
-over tokens (1/|o_i|) would break both identities, hence the sum (2). No baseline is subtracted. The teacher must have
-the policy's tokens.
+(mode-seeking). Fine-tuning on the teacher's samples (sft.py) learns to cover all that the teacher says. A mean over
+tokens (1/|o_i|) would break both identities, hence the sum (2). No baseline is subtracted. Teacher and policy must have
+the same tokens. With --shard the teacher is not sharded: each process holds it whole.
 Kept from grpo.py: ratio, clip and, with --beta, the KL to the starting model. Left out: the other divergences of GKD
-and its mixture with given answers, a KL over the whole vocabulary or its top k (whose gradient is taken directly: as an
-advantage it would be 0, as it does not depend on the sampled token), rewards beside the teacher. accuracy and reward
-are in the log, and are learned from no more.
+and its mixture with given answers; rewards beside the teacher; a KL over the whole vocabulary or its top k. (That one
+is differentiated directly. It does not depend on the sampled token, so as an advantage its expected gradient would be
+0.) accuracy and reward are only logged.
 
     python grpo.py --out runs/teacher && python -m family.opd
         On a CPU, no download: grpo.py trains a tiny model, and a fresh one learns from it within a minute.
     python sft.py --hidden-size 256 --layers 4 --out runs/large && python grpo.py --model runs/large/model \
-                  --out runs/teacher && python -m family.opd
+                  --out runs/large_teacher && python -m family.opd --teacher runs/large_teacher/model
         The same from a larger teacher, of 2.7 M parameters.
     python -m family.opd --model Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct --task gsm8k \
                          --max-new-tokens 512 --lr 1e-6 --steps 200 --tokens-per-microbatch 16384 --tis 2
@@ -57,7 +58,7 @@ from rollout import check_sampler, make_sampler
 
 @dataclass
 class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumbing/flags.py
-    rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards with weights; 0: only logged
+    rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # named rewards with weights, all of them only logged
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
     group_size: Annotated[int, AtLeast(1)] = 8  # G: responses per question
@@ -89,7 +90,7 @@ def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
+    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4 of GRPO's paper).
 
     Never negative, and its mean over samples of pi is KL(pi || pi_ref). Its gradient is not: the loss does not
     differentiate through the sampling. While pi is pi_old, the expected gradient of D is that of KL(pi_ref || pi).
@@ -172,7 +173,7 @@ def main(config: Config) -> None:
         scores = score(batch, examples, weights)  # reward name -> B numbers
         rewards = torch.tensor(weighted_sum(scores, weights), device=accelerator.device)  # [B]
         batch["rewards"] = rewards
-        batch["teacher_kl"] = batch["old_logp"] - teacher_logp  # [B, T] its mean is KL(pi || T), only to be logged
+        batch["teacher_kl"] = batch["old_logp"] - teacher_logp  # [B, T] its mean: KL(pi || T) per token, to be logged
         batch["advantages"] = discounted_sum(teacher_logp - batch["old_logp"], config.discount)  # [B, T] (1)
 
         # --- update: mu epochs over the rollout ---

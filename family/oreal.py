@@ -15,17 +15,18 @@ and one wrong o-; maximise, over all tokens of these,
     D_t  = pi_ref/pi - log(pi_ref/pi) - 1                     (4) the estimate of KL(pi || pi_ref), as in grpo.py
     - [ r log sigma(m_|o|) + (1 - r) log(1 - sigma(m_|o|)) ]  (5) what the token reward model w minimises
 
-w is a second network: a copy of the policy with a head that starts at zero and reads each token after it was written.
-The mean of w over a response is to tell whether it is right (5), so w learns which tokens do. sigma(m_t) is how sure it
-is after t tokens; where that is below 1/2 a token of a right response teaches nothing. At first all of it is 1/2 and
-all weights are 0: in the first --reward-warmup steps w alone learns.
-Why these terms: the best of n samples (n large) is a sample of pi given that it is right, so right responses are to be
-imitated as they are; for wrong ones the gradient of best-of-n has a factor 1 - p beside that of the right ones, p being
-the share of right responses. A, of RLOO, has such a factor in both terms: 1 - p for right ones and -p for wrong ones,
-as in the authors' code; in the paper it is 1 and 1 - p. m_t, the mean so far, is from the code as well; eq. 10 has w_t
-by itself. In the code the KL is to the starting model, as here; in the paper to pi_old.
-Kept from grpo.py: sampling, rewards, KL. There is no ratio and no clip. Left out: a second judge, skills, weights for
-questions by difficulty.
+w is a second network, a token-level reward model: a copy of the policy with a head that starts at zero. It reads each
+token after it was written. Its mean over a response learns to predict whether the response is right (5), so w learns
+which tokens make it so. sigma(m_t) is the prediction after t tokens; where it is below 1/2, a token of a right response
+teaches nothing. At first it is 1/2 everywhere and all weights are 0, so in the first --reward-warmup steps w learns
+alone.
+Why these terms: for large n, the best of n samples is a sample of pi given that it is right, so right responses are
+imitated as they are. For wrong ones the gradient of best-of-n has an extra factor of 1 - p, where p is the share of
+right responses. RLOO's A puts a factor on both terms, 1 - p on right ones and -p on wrong ones (times G/(G-1)), as in
+the authors' code; the paper has 1 and 1 - p. The code also has m_t, the mean so far, where eq. 10 has w_t alone. Its KL
+is to the starting model, as here; the paper's is to pi_old.
+Kept from grpo.py: sampling and KL. There is no ratio and no clip. Left out: a language model as a second verifier, more
+questions on weak skills, repeats of questions by difficulty.
 
     python -m family.oreal
         On a CPU, no download: within two minutes a tiny model learns to think before it answers, and is right.
@@ -54,7 +55,7 @@ from rollout import check_sampler, make_sampler
 
 @dataclass
 class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumbing/flags.py
-    rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards with weights; 0: only logged
+    rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # named rewards with weights, all of them only logged
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
     group_size: Annotated[int, AtLeast(2)] = 8  # G: responses per question; the group is the baseline
@@ -104,7 +105,7 @@ def token_weights(w: torch.Tensor, mask: torch.Tensor, right: torch.Tensor) -> t
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
+    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4 of GRPO's paper).
 
     Never negative, and its mean over samples of pi is KL(pi || pi_ref). Its gradient is not: the loss does not
     differentiate through the sampling. While pi is pi_old, the expected gradient of D is that of KL(pi_ref || pi).
@@ -148,8 +149,9 @@ def reward_loss(w, right, mask, num_responses):
     used = mask.any(1)  # [B]
     mean = (w * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B] m of the whole response
     error = torch.nn.functional.binary_cross_entropy_with_logits(mean, right, reduction="none")  # [B] (5)
-    told = ((mean > 0) == (right == 1))[used]  # of those that were taken, whether w tells them apart
-    return (error * used).sum() / num_responses, {"reward_model_accuracy": told.float()}
+    told = ((mean > 0) == (right == 1))[used]  # of the responses that were taken: does w tell right from wrong?
+    stats = {"reward_model_accuracy": told.float()} if len(told) else {}  # with --shard there may be none
+    return (error * used).sum() / num_responses, stats
 
 
 # --- training ---

@@ -10,11 +10,11 @@ For each question q, sample a group of G responses o_1..o_G from the policy pi_o
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)    (3) the ratio
     D_it   = pi_ref/pi - log(pi_ref/pi) - 1                   (4) the estimate of KL(pi || pi_ref), eq. 4 ("k3")
 
-index(j) is the last token of step j. A token is judged by its own step and by what follows, not by what went before:
-right steps after a wrong one are still praised. In grpo.py, outcome supervision, all tokens of a response share one
-reward.
-The answer is a step as well, which ends at the last token; with no other step this is outcome supervision, exactly. The
-advantage grows with the number of steps to come, so it is not neutral to length.
+index(j) is the last token of step j. A token is judged by its own step and by those after it, not by those before:
+right steps after a wrong one are still rewarded. In grpo.py, outcome supervision, all tokens of a response share one
+advantage.
+The last step is the answer, which ends at the last token. If it is the only step, this is outcome supervision of the
+accuracy, exactly. The advantage is a sum over the steps to come, so it is not neutral to length.
 In the paper a reward model judges the steps. Here it is the verifier of the arithmetic task: a step "5+8=13" is right,
 1, if it adds the next number of the question to the result before, else 0. --rewards is only logged.
 Kept from grpo.py: everything but the advantage.
@@ -45,7 +45,7 @@ from rollout import check_sampler, make_sampler
 
 @dataclass
 class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumbing/flags.py
-    rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # r: named rewards with weights; 0: only logged
+    rewards: tuple[str, ...] = ("accuracy=1", "format=0")  # named rewards with weights, all of them only logged
     steps: int = 80  # number of rollouts, each followed by epochs x minibatches updates
     prompts_per_step: int = 16  # questions q per rollout
     group_size: Annotated[int, AtLeast(2)] = 8  # G: responses per question; the group is the baseline

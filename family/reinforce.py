@@ -1,4 +1,4 @@
-r"""REINFORCE: the policy gradient without a baseline (Williams 1992, doi 10.1007/BF00992696).
+r"""REINFORCE: the policy gradient (Williams 1992, doi 10.1007/BF00992696), here without a baseline.
 
 The whole response is one action. For each question x, sample G responses y_1..y_G, and step along
 
@@ -9,11 +9,11 @@ The whole response is one action. For each question x, sample G responses y_1..y
     rho_i = pi(y_i | x) / pi_old(y_i | x)                         (3) the ratio, 1 with one update per rollout
     R_i = r_i - beta log( pi(y_i | x) / pi_ref(y_i | x) )         (4) the KL ("k1") of the response is in the reward
 
-The expectation of that step is the gradient of E[R], as that of RLOO (rloo.py) is; RLOO subtracts the mean reward of
-the other responses, which changes no expectation and takes out noise. So here a response with a reward of 0 teaches
-nothing, whatever the others got, and adding a constant to all rewards changes every step, though not the optimum.
-Responses need no company: --group-size 1 --prompts-per-step 128 samples one for each question.
-Kept from rloo.py: all but the baseline, also the KL in the reward and the clipped ratio, of which Williams has neither.
+In expectation that step is the gradient of E[R], as it is for RLOO (rloo.py). RLOO subtracts the mean reward of the
+other responses, which leaves the expectation alone and takes out noise. Here a response with R_i = 0 teaches nothing,
+whatever the others got; and adding a constant to all rewards changes every step, though not its expectation.
+No group is needed: --group-size 1 --prompts-per-step 128 samples one response to each of 128 questions.
+Kept from rloo.py: everything but the baseline. The KL in the reward and the clipped ratio are RLOO's, not Williams'.
 
     python -m family.reinforce
         On a CPU, no download: within a minute a tiny model learns to think before it answers, and is right.

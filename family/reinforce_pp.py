@@ -11,13 +11,13 @@ o_1..o_G from the policy pi_old; maximise, over all tokens,
     rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)    (3) the ratio
     D_it   = pi_ref/pi - log(pi_ref/pi) - 1                   (4) the estimate of KL(pi || pi_ref), as in grpo.py
 
-One std for all questions: GRPO's (grpo.py) is that of the group, which makes questions that are nearly always, or
-nearly never, answered weigh more. This one changes the length of the step and not its direction.
-Over what the batch is whitened is said nowhere. Here it is over responses, and mean(B) is 0, so that a group of equal
-rewards keeps an advantage of 0. verl and OpenRLHF whiten over tokens (--whiten-tokens): long responses count more in
-mean and std, and a group of equal rewards gets an advantage that is not 0.
-The plain REINFORCE++ has no group mean, and needs one response per question only. The KL is in the loss (k3) here; in
-OpenRLHF it may be in the reward too.
+One std for all questions. GRPO (grpo.py) divides by the std of each group, so questions that are nearly always or
+nearly never answered right weigh more. The std here changes only the length of the step, not its direction.
+Is the batch one of responses or of tokens? The paper's text could not be checked. Here it is responses: mean(B) is then
+0, and a group of equal rewards keeps an advantage of 0, up to rounding. verl and OpenRLHF whiten over tokens
+(--whiten-tokens): long responses count more in mean and std, and a group of equal rewards gets an advantage.
+Plain REINFORCE++ has no group mean, so one response to each question is enough for it. The KL is in the loss (k3) here;
+in OpenRLHF it may be in the reward instead.
 Kept from grpo.py: everything else.
 
     python -m family.reinforce_pp
@@ -93,7 +93,7 @@ def whiten(x, count, all_sum, eps=1e-8, ddof=1) -> torch.Tensor:
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
+    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4 of GRPO's paper).
 
     Never negative, and its mean over samples of pi is KL(pi || pi_ref). Its gradient is not: the loss does not
     differentiate through the sampling. While pi is pi_old, the expected gradient of D is that of KL(pi_ref || pi).

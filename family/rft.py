@@ -8,12 +8,12 @@ For each question q, sample G responses o_1..o_G and imitate those that are righ
     1/|o_i| sum_t                                             (2) the mean over the tokens of a response
     D_it = pi_ref/pi - log(pi_ref/pi) - 1                     (4) the estimate of KL(pi || pi_ref), off by default
 
-Online RFT samples from the policy as it is. With rewards of 0 and 1 that is the policy gradient without a baseline
-(reinforce.py), but for 1/|o_i|: imitating one's own right answers is reinforcement learning. What a wrong answer could
-teach is left out. --offline samples from the first policy throughout: the RFT of the first paper, supervised learning
-from a fixed distribution; DeepSeekMath finds the two alike at first, and online better later. A response is accepted if
-its reward is at least --accept.
-There is no ratio, no clip and no importance weight: it is a supervised loss, whoever wrote the response.
+Online RFT samples from the present policy. With rewards of 0 and 1 it is the policy gradient without a baseline
+(reinforce.py), but for 1/|o_i|: imitating one's own right answers is reinforcement learning. A wrong answer teaches
+nothing. --offline samples from the first policy throughout. That is the RFT of the first paper: supervised learning
+from a fixed distribution. DeepSeekMath finds the two alike at first, and online RFT better later. A response is
+accepted if its reward is at least --accept.
+There is no ratio (3), no clip and no importance weight: it is a supervised loss, whoever wrote the response.
 Kept from grpo.py: sampling, rewards, the loop and, with --beta, the KL. Left out: the first paper keeps, of all right
 responses to a question, those with distinct equations, and trains a fresh model on them in one go.
 
@@ -62,7 +62,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
+    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4 of GRPO's paper).
 
     Never negative, and its mean over samples of pi is KL(pi || pi_ref). Its gradient is not: the loss does not
     differentiate through the sampling. While pi is pi_old, the expected gradient of D is that of KL(pi_ref || pi).
@@ -122,7 +122,7 @@ def main(config: Config) -> None:
 
     for step in run.steps():
         # --- rollout: G responses to each question ---
-        if config.offline:  # the sampler has the present policy, which may have been evaluated
+        if config.offline:  # since the last update the sampler has the present policy, for the evaluation
             sampler.push(first)
         questions = run.share(draw(train, config.prompts_per_step, config.seed, step))  # this process's share
         seed = run.seed(step)  # every step has its own random numbers

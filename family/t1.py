@@ -1,4 +1,4 @@
-r"""T1: RLOO with exploration (arXiv 2501.11651). A reconstruction: the coefficients below are not known.
+r"""T1: RLOO with exploration (arXiv 2501.11651). A reconstruction from summaries: alpha and a are not known.
 
 The whole response is one action. For each question x, sample G responses y_1..y_G at a temperature of 1.2, and step
 along
@@ -10,17 +10,17 @@ along
     rho_i = pi(y_i | x) / pi_old(y_i | x)                         (3) the ratio, 1 with one update per rollout
     R_i = r_i - beta log( pi(y_i | x) / pi_ref(y_i | x) )         (4) the KL ("k1") of the response is in the reward
     H_it = -sum_v pi(v | x, y_i<t) log pi(v | x, y_i<t)           (5) the entropy of the policy at a token
-    pi_ref <- a pi_ref + (1 - a) pi     after each step           (6) the reference is a moving average (EMA)
+    theta_ref <- a theta_ref + (1 - a) theta    after each step   (6) the reference's weights: a moving average (EMA)
 
 What it adds to RLOO (rloo.py) keeps the policy exploring: a high temperature, an entropy bonus (5), and a reference (6)
 that follows, so that the KL brakes the change of the last steps and not the distance from the start. A response with a
 bad pattern (cut off, repeating itself, mixing languages: the reward bad_pattern in rewards.py) has 1 subtracted from
 its reward; a summary of the paper says that it gets -1 instead.
-The paper subtracts from each KL the mean of the others. Under (1) that is beta times G/(G-1), and no more; less the
-mean of the whole group it would be nothing, since what a group has in common falls out. So there is no code for it.
-Known are G = 64, beta = 2e-4, the temperature, a learning rate of 1.5e-6. Not known: alpha, a, and over what entropies
-are averaged. Here it is the mean of each response, and then over responses.
-The policy is evaluated at the temperature it samples with, so eval_pass@1 is at 1.2; eval_accuracy, greedy, is not.
+Summaries say that the paper subtracts from each KL the mean of the others. Under (1) that only makes beta G/(G-1) times
+as large, so there is no code for it. (The mean of the whole group would cancel.)
+Known: G = 64, beta = 2e-4, the temperature, a learning rate of 1.5e-6. Not known: alpha, a, and how entropies are
+averaged. Here it is over the tokens of each response, then over responses.
+Evaluation samples at 1.2 as well, so eval_pass@1 is not comparable with the other scripts'; eval_accuracy, greedy, is.
 
     python -m family.t1
         On a CPU, no download: within a minute a tiny model learns to think before it answers, and is right.
@@ -173,8 +173,6 @@ def main(config: Config) -> None:
         grad_norms = []
         for epoch in range(config.epochs):
             for rows in batch.minibatch_rows(config.minibatches, seed, epoch):
-                if not reference and not config.shard:  # without KL, a response without advantage has no gradient
-                    rows = rows[batch["advantages"][rows] != 0]
                 for micro in batch.microbatches(rows, config.tokens_per_microbatch):
                     with accelerator.autocast():
                         logp, entropy = policy(micro, config.temperature, entropy_gradient=True)  # [b, t] each

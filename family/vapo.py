@@ -16,14 +16,14 @@ A response o to a question q is an episode, and each of its tokens an action; ma
     mean_T                                                        (6) the mean over all tokens of the right responses
 
 What it changes in PPO (ppo.py), for long chains of thought with a reward at the end: V first learns alone
-(--value-warmup), from whole returns, so that it is not the copy of a policy that knows nothing of returns. Its targets
-have lam = 1, while the advantage keeps a smaller one against noise (decoupled GAE). A fixed lam would let the reward at
-the end fade over a long response: lam^1000 is 0 for .95. The rest is DAPO's (clip-higher, mean over tokens), imitation
-of right responses (6), and fewer questions with more responses each (--group-size).
-The paper has alpha = .05, for thousands of tokens. At 20 tokens that is a lam of 0, the next V alone, so the default
-for the tiny model is 1; a very large alpha is lam = 1. mu is the paper's .1.
-Kept from ppo.py: whitening, the clip of the value loss, the networks; the paper says nothing of whitening, KL and that
-clip.
+(--value-warmup), from whole returns, so that it can predict them when the policy begins to learn. Its targets have lam
+= 1, while the advantage keeps a smaller lam against noise (decoupled GAE). With a fixed lam the reward at the end would
+fade over a long response: .95^1000 is 5e-23. The rest is DAPO's higher clip, imitation of right responses (6), and
+fewer questions with more responses each (--group-size).
+The paper has alpha = .05, for thousands of tokens. At 20 tokens that gives lam = 0, so that A_t looks no further than
+the next V. The default for the tiny model is therefore 1; a very large alpha gives lam = 1. mu is the paper's .1.
+Kept from ppo.py: whitening, the clip of the value loss, the networks. Whether the paper has a KL, whitening or that
+clip could not be checked.
 
     python -m family.vapo
         On a CPU, no download: within a minute a tiny model learns to think before it answers, and is right.
@@ -60,7 +60,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     group_size: Annotated[int, AtLeast(1)] = 8  # G: responses per question; one is enough, since V is the baseline
     max_new_tokens: int = 64  # longest response |o|, tokens
     temperature: float = 1.0  # divides the logits, when the policy samples and when it learns
-    epochs: int = 2  # mu: passes over each rollout
+    epochs: int = 2  # passes over each rollout
     minibatches: int = 2  # updates per pass
     lr: float = 5e-5  # learning rate of AdamW; 1e-6 to 1e-5 for a pretrained model
     beta: float = 0.0  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
@@ -140,7 +140,7 @@ def policy_loss(
     logp, old_logp [B, T]: log pi and log pi_old of the sampled tokens
     A [B, T]: advantages; mask [B, T]: True on response tokens
     num_tokens: response tokens in the whole update, over all micro-batches and processes: the mean over tokens
-    right [B]: 1 for right responses, else 0; num_right: num_tokens of these; mu: weight of their log-likelihood
+    right [B]: 1 for right responses, else 0; num_right: their tokens in the whole update; mu: weight of (6)
     weight [B, T]: pi_old/pi_sampler, capped (--tis); 1 without
     """
     ratio = (logp - old_logp).exp()  # [B, T] (3) rho
@@ -226,7 +226,7 @@ def main(config: Config) -> None:
         batch["right"] = torch.tensor(scores["accuracy"], device=accelerator.device)  # [B]
         explained = explained_variance(batch["values"], reward_to_go, mask, accelerator.reduce)
 
-        # --- update: mu epochs over the rollout ---
+        # --- update: several epochs over the rollout ---
         grad_norms = []
         value_grad_norms = []
         for epoch in range(config.epochs):

@@ -109,6 +109,8 @@ def check_config(config, processes: int) -> None:
         low = minimum(field, processes)
         if isinstance(value, int | float) and not value >= low:  # written so that nan fails too
             fail(f"{flag(field.name)} {value}: it must be at least {low}")
+    if not hasattr(config, "lora_rank"):  # nothing is trained
+        return
     if config.lora_rank and getattr(config, "value_model", ""):
         fail("--value-model: with --lora-rank the value network is an adapter in the policy's body; leave one out")
     if config.lora_rank and hasattr(config, "ema"):

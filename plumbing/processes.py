@@ -1,10 +1,17 @@
 """Several processes, each with its share of a batch: what they add up, put together, and spread over themselves."""
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
 
 in_step = False  # whether all processes have to make the same passes through the models, because these are sharded
+
+
+def make_accelerator(**more) -> Accelerator:
+    """What knows the device, the precision and the other processes; weights are float32, arithmetic on a GPU bf16."""
+    cuda = torch.cuda.is_available()
+    return Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no", **more)
 
 
 # --- shards ---

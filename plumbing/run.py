@@ -18,7 +18,6 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 import plot
@@ -31,9 +30,10 @@ from plumbing.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from plumbing.evaluation import answer
 from plumbing.fail import fail
 from plumbing.flags import check_config
-from plumbing.processes import gather, own_part
+from plumbing.processes import gather, make_accelerator, own_part
 from plumbing.sharded import load_sharded, read_rest, save_sharded
 from rewards import evaluation_metrics, has_answer, rollout_metrics, score
 
@@ -44,14 +44,8 @@ class Run:
     """One training run of a script, in one process or in several."""
 
     def __init__(self, config):
-        cuda = torch.cuda.is_available()
         self.config = config
-        self.accelerator = Accelerator(
-            cpu=not cuda,
-            mixed_precision="bf16" if cuda else "no",  # weights are in float32, arithmetic on a GPU in bf16
-            log_with=config.track or None,
-            project_dir=config.out or "runs",
-        )
+        self.accelerator = make_accelerator(log_with=config.track or None, project_dir=config.out or "runs")
         self.main = self.accelerator.is_main_process
         check_config(config, self.accelerator.num_processes)
         self.first_step = 1
@@ -285,13 +279,10 @@ class Run:
         if self.main and step == 0:
             announce_cost(self.objects["policy"].model, prompts, k + 1, self.config.max_new_tokens)
         title = f"evaluation after step {step}" if self.main else ""
-        greedy = sampler.generate(prompts, n=1, temperature=0.0, seed=0, show=f"{title}, greedy" if title else "")
-        sampled = sampler.generate(prompts, n=k, temperature=self.config.temperature, seed=0, show=title)
-        greedy_scores = score(greedy, examples, [])
-        examples_of_samples = [example for example in examples for _ in range(k)]
-        scores = score(sampled, examples_of_samples, ["format", *rewards])
+        found = answer(sampler, examples, k, self.config.temperature, rewards, title)
+        sampled, scores = found.sampled, found.scores
         metrics = evaluation_metrics(
-            gather(greedy_scores["accuracy"]),
+            gather(found.greedy_scores["accuracy"]),
             {name: gather(values) for name, values in scores.items()},
             gather(sampled.lengths.tolist()),
             k,

@@ -17,7 +17,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 FOLDER = "checkpoint"
-OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # with LoRA the frozen weights come from --model
+
+
+def options(objects: dict) -> StateDictOptions:
+    """With LoRA what is trained, since the frozen weights come from --model; else all, also an average that is not."""
+    lora = any(getattr(x, "lora_rank", 0) for x in objects.values())
+    return StateDictOptions(ignore_frozen_params=lora, strict=False)
 
 
 def save_sharded(folder: Path, main: bool, objects: dict, rest: dict) -> None:
@@ -58,8 +63,8 @@ def load_sharded(folder: Path, objects: dict) -> None:
     """Give these objects the state that they were saved with, by as many processes or by another number."""
     state = sharded_state(objects)
     dcp.load(state, checkpoint_id=newest(folder))
-    set_model_state_dict(models(objects), state["models"], options=OPTIONS)
-    set_optimizer_state_dict(models(objects), objects["optimizer"], state["optimizer"], options=OPTIONS)
+    set_model_state_dict(models(objects), state["models"], options=options(objects))
+    set_optimizer_state_dict(models(objects), objects["optimizer"], state["optimizer"], options=options(objects))
     rest = read_rest(folder)
     for name, x in others(objects).items():
         x.load_state_dict(rest[name])
@@ -68,8 +73,8 @@ def load_sharded(folder: Path, objects: dict) -> None:
 def sharded_state(objects: dict) -> dict:
     """The state of all models, and of the optimizer by the names of their weights."""
     return {
-        "models": get_model_state_dict(models(objects), options=OPTIONS),
-        "optimizer": get_optimizer_state_dict(models(objects), objects["optimizer"], options=OPTIONS),
+        "models": get_model_state_dict(models(objects), options=options(objects)),
+        "optimizer": get_optimizer_state_dict(models(objects), objects["optimizer"], options=options(objects)),
     }
 
 

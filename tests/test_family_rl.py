@@ -579,8 +579,8 @@ def test_sampling_gives_up_and_says_what_it_found(tiny, monkeypatch, questions, 
     with pytest.raises(SystemExit) as error:
         rounds.sample(monkeypatch, lambda i: 1 if i in known else right, questions)
     assert str(error.value) == (
-        f"step 1: in 3 rounds 1 of 4 groups have right and wrong responses (accuracy at last {right / 2:.2f}); "
-        "the task is too hard or too easy by now: change it"
+        f"step 1: in 3 rounds 1 of 4 groups have right and wrong responses (accuracy {right / 2:.2f}). "
+        "Too hard or too easy by now: give another --task"
     )
     assert len(rounds.asked) == 3
 
@@ -972,8 +972,8 @@ def test_when_dapo_gives_up_what_it_had_is_saved_and_a_resumed_run_goes_on_to_th
         run(tmp_path, "part", dapo, **flags)
     assert error.value.code == 2
     assert capsys.readouterr().err.rstrip().rpartition("\n")[2] == (
-        "step 3: in 5 rounds 0 of 4 groups have right and wrong responses (accuracy at last 1.00); "
-        "the task is too hard or too easy by now: change it"
+        "step 3: in 5 rounds 0 of 4 groups have right and wrong responses (accuracy 1.00). "
+        "Too hard or too easy by now: give another --task"
     )
     assert saved(tmp_path, "part")["step"] == 2
     assert [record["step"] for record in read_jsonl(tmp_path / "part" / "metrics.jsonl")] == [0, 1, 2]

@@ -159,15 +159,16 @@ folder, first, last, lora = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]
 sharded = world > 1 or first > 0
 policy, tokenizer = load_policy("tiny", CPU, False, lora)
 value = None if lora else Value(load_policy("tiny", CPU)[0].model.base_model)
+average = None if lora else load_policy("tiny", CPU)[0].requires_grad_(False)  # as the reference of family/t1.py
 batch = fixed_batch(tokenizer)
-for model in (policy, value):
+for model in (policy, value, average):
     if sharded and model is not None:
         shard(model)
 optimizer = torch.optim.AdamW(policy.trained(), lr=1e-3, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0, fused=True)
 objects = {"policy": policy, "optimizer": optimizer}
 if value is not None:
     optimizer.add_param_group({"params": value.trained(), "lr": 1e-2})
-    objects["value"] = value
+    objects |= {"value": value, "average": average}
 if first:
     assert read_rest(folder)["step"] == first
     load_sharded(folder, objects)
@@ -178,13 +179,18 @@ for step in range(first, last):
         clip_gradients(accelerator, model.trained(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+    if average is not None:
+        with torch.no_grad():
+            for old, new in zip(average.parameters(), policy.parameters(), strict=True):
+                old.lerp_(new, 0.5)
 if sharded:
     save_sharded(folder, rank == 0, objects, {"step": last})
 save_model(folder, policy, tokenizer, "tiny", rank == 0)
 if value is not None:
     head = whole(value.head.weight.detach())
+    of_average = whole(average.model.get_input_embeddings().weight)
     if rank == 0:
-        torch.save(head, folder / "head.pt")
+        torch.save({"head": head, "average": of_average}, folder / "others.pt")
 accelerator.wait_for_everyone()
 if rank == 0:
     print("done", flush=True)
@@ -198,8 +204,8 @@ def weights_of(folder) -> dict:
     from transformers import AutoModelForCausalLM
 
     weights = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
-    if (folder / "head.pt").exists():
-        weights["head"] = torch.load(folder / "head.pt")
+    if (folder / "others.pt").exists():
+        weights |= torch.load(folder / "others.pt")
     return weights
 
 

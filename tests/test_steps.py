@@ -243,13 +243,13 @@ def test_repetition_by_hand(response, expected):
         ("so it is eight", 0),
         ("naïve Straße", 0),
         ("abcд", 1 / 4),
-        ("абвd", 1 / 4),  # most of them are Cyrillic
-        ("a b c д! 1234567890", 1 / 4),
+        ("абвгдежзиdef", 1 / 4),  # most of them are Cyrillic
+        ("abc def д з! 1234567890", 1 / 4),
         ("angle αβγδ of π", 0),  # Greek is maths
         ("αβγ", 0),
-        ("aбα", 1 / 2),
+        ("abcбвгα", 1 / 2),
         ("漢字かなカナ", 0),
-        ("漢字ab", 1 / 2),
+        ("漢字漢abc", 1 / 2),
         ("한국어abc", 1 / 2),
     ],
 )
@@ -300,3 +300,17 @@ def test_score_gives_these_rewards_what_they_ask_for():
 @pytest.mark.parametrize("text", ["データ データ コーヒー", "人々", "5 µm", "x ∈ ℝ, 𝑥 = π", "ＡＢＣ abc"])
 def test_forms_of_the_same_letters_are_no_mixture(text):
     assert mixed_language(text, {}) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>三加四等于七，所以答案是七。</think><answer>7</answer>",
+        "因此答案是 \\boxed{12}",
+        "设 x 为未知数，则 2x+3=7",
+        "<think>Три плюс пять</think><answer>8</answer>",
+    ],
+)
+def test_tags_and_maths_are_in_no_language(text):
+    assert mixed_language(text, {}) == 0
+    assert mixed_language(text + " we then compute", {}) > 0.2
