@@ -291,10 +291,10 @@ def save(folders: list[Path], out: Path, wanted: list[str] | None = None) -> Non
     figure(folders, wanted).savefig(out, dpi=90)
 
 
-def reliability(bins: list[list[tuple]], out: Path) -> None:
+def reliability(bins: list[list[tuple]], out: Path, of: str = "confidence in the order of a pair") -> None:
     """Write a reliability diagram: for each bin of (confidence, right), the share that is right against the confidence.
 
-    A dot is as large as its bin; below the diagonal the model is too sure.
+    A dot is as large as its bin; below the diagonal the model is too sure. of: what the confidence is
     """
     from matplotlib.figure import Figure
 
@@ -304,11 +304,11 @@ def reliability(bins: list[list[tuple]], out: Path) -> None:
     size = [20 + 400 * len(values) / sum(map(len, held)) for values in held]
     page = Figure(figsize=(5, 5), layout="constrained")
     ax = page.add_subplot()
-    low = min([0.5, *confidence])
+    low = 0.5 if min(confidence) >= 0.5 else 0.0
     ax.plot([low, 1], [low, 1], color="#777777", linestyle="--", label="calibrated")
     ax.plot(confidence, right, color=COLOURS[0])
-    ax.scatter(confidence, right, size, color=COLOURS[0], label="held-out pairs")
-    ax.set(xlabel="confidence in the order of a pair", ylabel="share in the right order", ylim=(0, 1.02))
+    ax.scatter(confidence, right, size, color=COLOURS[0], label="held out")
+    ax.set(xlabel=of, ylabel="share that is right", ylim=(0, 1.02))
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right")
     page.savefig(out, dpi=90)

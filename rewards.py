@@ -27,7 +27,7 @@ from difflib import get_close_matches
 from statistics import fmean, stdev
 
 from plumbing.fail import fail, first_line
-from verifiers import TAGS, Unchecked, final_answers, has_steps, is_right, judge_steps
+from verifiers import TAGS, Unchecked, final_answers, has_steps, is_right, judge_steps, step_ends
 
 REWARDS = {}
 BY_NAME = ("tokens", "finish_reason")  # what a reward gets, besides response and example, if it has such an argument
@@ -350,13 +350,31 @@ class RewardModel:
 TOKENS_AT_ONCE = 16384  # that a reward model reads, padding included
 
 
-def reward_ids(tokenizer, question: str, response: str) -> list[int]:
+def reward_text(tokenizer, question: str, response: str) -> str:
     """What a reward model reads, and is trained on: question and response as one text, in its chat template if any."""
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer(question + response)["input_ids"]
+    if not tokenizer.chat_template:
+        return question + response
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+    return tokenizer.apply_chat_template(turns, tokenize=False)
+
+
+def reward_ids(tokenizer, question: str, response: str) -> list[int]:
+    """The tokens of that text; a chat template has written the special ones itself."""
+    text = reward_text(tokenizer, question, response)
+    return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+
+
+def ids_and_ends(tokenizer, question: str, response: str, ends: list[int]) -> tuple[list[int], int, list[int]]:
+    """The same tokens; how many stand before the response; and in which token each of these characters of it is.
+
+    ends: numbers of characters of the response, from 1 to its length
+    """
+    text = reward_text(tokenizer, question, response)
+    encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True)
+    last = [end for _, end in encoded["offset_mapping"]]  # the characters of the text up to the end of each token
+    start = text.rindex(response)
+    before = bisect.bisect_right(last, start)
+    return encoded["input_ids"], before, [bisect.bisect_left(last, start + end) for end in ends]
 
 
 def parts_of_like_length(texts: list[list[int]], budget: int) -> list[list[int]]:
@@ -370,7 +388,35 @@ def parts_of_like_length(texts: list[list[int]], budget: int) -> list[list[int]]
     return parts
 
 
+class StepRewardModel(RewardModel):
+    """A learned judge of steps, as family/prm.py makes it: a reward model that is read at the end of every step."""
+
+    def step_scores(self, responses: list[str], examples: list[dict]) -> list[list[tuple[int, float]]]:
+        """For each response: where its steps end, as numbers of characters, and the probability that each is right.
+
+        The last step is the answer, which ends with the response.
+        """
+        import torch
+
+        if not self.pads:
+            fail("a judge of steps must be a causal model with a linear head, as family/prm.py makes it")
+        found = []
+        for response, example in zip(responses, examples, strict=True):
+            ends = [*step_ends(response, rule_of(example)), len(response)]
+            ids, _, tokens = ids_and_ends(self.tokenizer, example["question"], response, ends)
+            with torch.no_grad():
+                states = self.model.base_model(torch.tensor([ids], device=self.device)).last_hidden_state[0]  # [L, H]
+                scores = self.head(states[tokens]).flatten().sigmoid()  # [steps]
+            found.append(list(zip(ends, scores.tolist(), strict=True)))
+        return found
+
+
 # --- rewards of steps ---
+
+
+def rule_of(example: dict) -> str:
+    """How the steps of a response are found: sums of the arithmetic task have commas, all other texts lines."""
+    return "comma" if has_steps(example) else "line"
 
 
 def check_steps(examples: list[dict]) -> None:
@@ -380,25 +426,35 @@ def check_steps(examples: list[dict]) -> None:
             fail(f"no judge of steps for questions like {example['question']!r:.60}; give --task arithmetic")
 
 
-def score_steps(batch, examples: list[dict], tokenizer):
+def score_steps(batch, examples: list[dict], tokenizer, judge: StepRewardModel | None = None):
     """Rewards of the steps of B responses, at the last token of each step, and where these are: [B, T] each.
 
     The last step is the answer, which ends at the last token of the response. Off the ends of steps the reward is 0.
+    judge: a learned one; without it the verifier of the arithmetic task judges
     """
     import torch
 
     rewards = torch.zeros_like(batch.sampler_logp)  # [B, T]
     ends = torch.zeros_like(batch.response_mask)  # [B, T]
+    learned = judge.step_scores(batch.texts, examples) if judge else None
     for i, (ids, length) in enumerate(zip(batch.response_ids.tolist(), batch.lengths.tolist(), strict=True)):
-        pieces = [tokenizer.decode([token]) for token in ids[:length]]
-        after = list(itertools.accumulate(len(piece) for piece in pieces))  # characters up to the end of each token
-        for end, right in judge_steps("".join(pieces), examples[i]):
-            t = bisect.bisect_left(after, end)  # the token in which the step's last character is
-            rewards[i, t] = right
+        if learned:
+            judged = learned[i]
+        else:
+            answer = float(is_right(batch.texts[i], examples[i]))
+            judged = [*judge_steps(batch.texts[i], examples[i]), (len(batch.texts[i]), answer)]
+        tokens = tokens_of(ids[:length], [end for end, _ in judged], tokenizer)
+        tokens[-1] = length - 1  # the end token belongs to the answer
+        for t, (_, value) in zip(tokens, judged, strict=True):
+            rewards[i, t] = value
             ends[i, t] = True
-        rewards[i, length - 1] = float(is_right(batch.texts[i], examples[i]))  # the answer
-        ends[i, length - 1] = True
     return rewards, ends
+
+
+def tokens_of(ids: list[int], ends: list[int], tokenizer) -> list[int]:
+    """In which token of a response each of these numbers of characters is reached."""
+    after = list(itertools.accumulate(len(tokenizer.decode([token])) for token in ids))
+    return [min(bisect.bisect_left(after, end), len(ids) - 1) for end in ends]
 
 
 # --- pass@k ---

@@ -580,27 +580,41 @@ def has_steps(example: dict) -> bool:
     return SUM.fullmatch(example["question"]) is not None
 
 
+SEPARATORS = {"comma": ",", "line": r"\n+"}  # rule -> what ends a step
+
+
+def step_ends(response: str, rule: str) -> list[int]:
+    """Where the steps of the thinking end, as numbers of characters, by a rule of SEPARATORS; </think> ends the last.
+
+    Without </think> they may be anywhere in the response. What is cut off before its end is no step.
+    """
+    thinking, closing, _ = response.partition("</think>")
+    ends = [match.end() for match in re.finditer(SEPARATORS[rule], thinking)]
+    last = ends[-1] if ends else 0
+    if closing and last < len(thinking):
+        ends.append(len(thinking) + len(closing))
+    return ends
+
+
 def judge_steps(response: str, example: dict) -> list[tuple[int, float]]:
     """The steps of the thinking: where each ends, as a number of characters, and 1 if it is right, else 0.
 
     A step is right if it adds the next number of the question to the result of the step before, so nothing is gained by
-    saying one twice. What is cut off before its end is no step.
+    saying one twice.
     """
     previous, *numbers = [int(number) for number in example["question"].removesuffix("=").split("+")]
-    thinking, closing, _ = response.partition("</think>")
     judged = []
-    for match in re.finditer("[^,]*,|[^,]+$", thinking):
-        by_comma = match[0].endswith(",")
-        if not by_comma and not closing:  # cut off, or no thinking at all
-            break
-        step = ADDITION.fullmatch(match[0].strip().removeprefix("<think>").removesuffix(",").strip())
+    start = 0
+    for end in step_ends(response, "comma"):
+        text = response[start:end].removesuffix("</think>").removesuffix(",").strip().removeprefix("<think>").strip()
+        start = end
+        step = ADDITION.fullmatch(text)
         right = False
         if step and numbers:
             a, b, c = (int(number) for number in step.groups())
             right = a == previous and b == numbers[0] and a + b == c
             previous = c
             numbers = numbers[1:]
-        end = match.end() if by_comma else match.end() + len(closing)
         judged.append((end, float(right)))
     return judged
 

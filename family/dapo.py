@@ -145,7 +145,7 @@ def overlong_punishment(lengths: torch.Tensor, limit: int, cache: float) -> torc
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4 of GRPO's paper).
+    """D = pi_ref/pi - log(pi_ref/pi) - 1 per token, in nats: [B, T], [B, T] -> [B, T] (eq. 4).
 
     Never negative, and its mean over samples of pi is KL(pi || pi_ref). Its gradient is not: the loss does not
     differentiate through the sampling. While pi is pi_old, the expected gradient of D is that of KL(pi_ref || pi).
@@ -225,7 +225,6 @@ def main(config: Config) -> None:
         rewards = torch.tensor(weighted_sum(scores, weights), device=accelerator.device)  # [B]
         batch["rewards"] = rewards
         cache = config.overlong_share * config.max_new_tokens  # L_cache
-        # [B] (6) R_i, with the punishment
         rewards = rewards + config.overlong_weight * overlong_punishment(batch.lengths, config.max_new_tokens, cache)
         cut = torch.tensor([reason == "length" for reason in batch.finish_reasons], device=accelerator.device)  # [B]
         batch["in_loss"] = batch.response_mask & ~(cut & config.overlong_filter)[:, None]  # [B, T]

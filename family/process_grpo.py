@@ -15,14 +15,15 @@ right steps after a wrong one are still rewarded. In grpo.py, outcome supervisio
 advantage.
 The last step is the answer, which ends at the last token. If it is the only step, this is outcome supervision of the
 accuracy, exactly. The advantage is a sum over the steps to come, so it is not neutral to length.
-In the paper a reward model judges the steps. Here it is the verifier of the arithmetic task: a step "5+8=13" is right,
-1, if it adds the next number of the question to the result before, else 0. --rewards is only logged.
+In the paper a reward model judges the steps: --judge, a model that family/prm.py has trained, whose probability that a
+step is right is its reward. Without it the verifier of the arithmetic task judges: a step "5+8=13" is right, 1, if it
+adds the next number of the question to the result before, else 0. --rewards is only logged.
 Kept from grpo.py: everything but the advantage.
 
     python -m family.process_grpo
         On a CPU, no download: within a minute a tiny model learns to think before it answers, and is right.
-    python -m family.process_grpo --task arithmetic:3-8 --max-new-tokens 96 --steps 200
-        Longer sums, more steps. Watch step_reward and eval_pass@1.
+    python -m family.prm --out runs/judge && python -m family.process_grpo --judge runs/judge/model
+        The same with a learned judge. Watch step_reward, what the judge gives, beside eval_pass@1.
 """
 
 import sys
@@ -39,7 +40,7 @@ from logprobs import batch_logprobs, make_policy
 from plumbing.flags import AtLeast, RunConfig, parse
 from plumbing.processes import clip_gradients, sum_gradients
 from plumbing.run import Run
-from rewards import check_steps, parse_weights, score, score_steps, weighted_sum
+from rewards import StepRewardModel, check_steps, parse_weights, score, score_steps, weighted_sum
 from rollout import check_sampler, make_sampler
 
 
@@ -57,6 +58,7 @@ class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumb
     beta: float = 0.04  # beta: weight of the KL to the starting model, per nat; 0 loads no reference model
     clip_low: float = 0.2  # eps below: ratios under 1 - eps are clipped
     clip_high: float = 0.2  # eps above: ratios over 1 + eps are clipped
+    judge: str = ""  # folder of a judge of steps, by family/prm.py; empty: the verifier of the arithmetic task
     tis: float = 0.0  # truncated importance sampling: weight by pi_old/pi_sampler, capped at this (try 2); 0: off
 
 
@@ -131,7 +133,9 @@ def main(config: Config) -> None:
     weights = parse_weights(config.rewards)
     check_sampler(config.sampler)
     task = read_task(config)  # wrong data ends the run here, before the weights are loaded
-    check_steps(task.train)
+    if not config.judge:
+        check_steps(task.train)
+    judge = StepRewardModel(config.judge) if config.judge else None
 
     policy, tokenizer = make_policy(config, accelerator.device)
     reference = policy.reference() if config.beta else None
@@ -169,7 +173,7 @@ def main(config: Config) -> None:
         scores = score(batch, examples, weights)  # reward name -> B numbers
         rewards = torch.tensor(weighted_sum(scores, weights), device=accelerator.device)  # [B]
         batch["rewards"] = rewards
-        step_rewards, ends = score_steps(batch, examples, tokenizer)  # [B, T] each
+        step_rewards, ends = score_steps(batch, examples, tokenizer, judge)  # [B, T] each
         batch["step_reward"] = step_rewards.sum(1) / ends.sum(1)  # [B] the share of right steps, only to be logged
         batch["advantages"] = group_advantages(step_rewards, ends, config.group_size)  # [B, T]
 

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 
 import datasets
 import pytest
@@ -167,7 +168,117 @@ def test_bad_task_and_bad_data_flag():
         data.load_task("math", ("a.jsonl", "b.jsonl", "c.jsonl"))
 
 
+# --- the same questions, changed a little ---
+
+
+def numbers_of(example):
+    """The numbers of a sum, in their order."""
+    last_line = example["question"].rpartition("\n")[2]
+    return [int(number) for number in re.findall("[0-9]+", last_line)]
+
+
+def check_sum(example, in_words):
+    """It is an example such as the task's own of these numbers."""
+    assert example == data.arithmetic_example(numbers_of(example), in_words)
+    assert example["answer"] == str(sum(numbers_of(example))) and ("tags" in example) != in_words
+    if in_words:
+        assert example["question"].count("What is ") == 3 and example["question"].endswith("?")
+    else:
+        assert re.fullmatch(r"[0-9+]+=", example["question"])
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "arithmetic:2-8", "arithmetic_words"])
+def test_other_numbers_are_as_many_and_make_another_sum(task):
+    examples = data.load_task(task).train[:300]
+    changed = data.perturb(examples, "numbers")
+    same = kept = 0
+    for before, after in zip(examples, changed, strict=True):
+        check_sum(after, in_words=task == "arithmetic_words")
+        assert after["level"] == before["level"] and set(numbers_of(after)) <= set(range(1, 10))
+        same += after["question"] == before["question"]
+        kept += numbers_of(after)[:-1] == numbers_of(before)[1:]
+    assert same < 10 and kept < 60, "by chance, of a short sum"
+    assert set().union(*map(numbers_of, changed)) == set(range(1, 10))
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "arithmetic:2", "arithmetic_words"])
+def test_another_order_has_the_same_numbers_and_the_same_answer(task):
+    examples = data.load_task(task).train
+    examples = examples[:300] + [e for e in examples if len(set(numbers_of(e))) == 1][:3]
+    for before, after in zip(examples, data.perturb(examples, "order"), strict=True):
+        check_sum(after, in_words=task == "arithmetic_words")
+        assert sorted(numbers_of(after)) == sorted(numbers_of(before)) and after["answer"] == before["answer"]
+        all_equal = len(set(numbers_of(before))) == 1
+        assert (after["question"] == before["question"]) == all_equal
+    assert all_equal, "one of them was asked"
+
+
+@pytest.mark.parametrize(("task", "level"), [("arithmetic", 7), ("arithmetic:8", 9), ("arithmetic_words", 4)])
+def test_longer_sums_go_on_and_have_one_number_more_than_any_of_these(task, level):
+    examples = data.load_task(task).train[:300]
+    for before, after in zip(examples, data.perturb(examples, "longer"), strict=True):
+        check_sum(after, in_words=task == "arithmetic_words")
+        assert after["level"] == len(numbers_of(after)) == level
+        assert numbers_of(after)[: before["level"]] == numbers_of(before)
+
+
+@pytest.mark.parametrize("how", data.PERTURBATIONS)
+def test_countdown_questions_stay_solvable_however_they_are_changed(how):
+    examples = data.load_task("countdown").train[:200]
+    moved = 0
+    for before, after in zip(examples, data.perturb(examples, how), strict=True):
+        numbers, target = after["numbers"], after["target"]
+        assert after == data.countdown_example(numbers, after["answer"], target)
+        assert 10 <= target <= 999 and target not in numbers and len(numbers) == after["level"]
+        assert accuracy(f"<answer>{after['answer']}</answer>", after) == 1
+        assert accuracy(f"<answer>{after['answer']} + 1</answer>", after) == 0
+        if how == "order":
+            assert sorted(numbers) == before["numbers"] != numbers and target == before["target"]
+        elif how == "longer":
+            assert len(numbers) == 5 and not collections.Counter(before["numbers"]) - collections.Counter(numbers)
+        else:
+            assert len(numbers) == before["level"]
+        moved += numbers != before["numbers"]
+    assert moved > 190
+
+
+def test_changed_questions_do_not_depend_on_the_process_or_on_their_neighbours():
+    program = (
+        "import data\n"
+        "for name in ['arithmetic', 'arithmetic_words', 'countdown:3']:\n"
+        "    for how in data.PERTURBATIONS:\n"
+        "        print(data.perturb(data.load_task(name).train[:20], how))\n"
+    )
+    one, other = outputs_with_other_hashes(program)
+    assert one == other and len(one.splitlines()) == 9
+    examples = data.load_task("arithmetic:4").train[:20]
+    before = json.dumps(examples)
+    for how in data.PERTURBATIONS:
+        assert data.perturb(examples[5:10], how) == data.perturb(examples, how)[5:10]
+    assert json.dumps(examples) == before, "the examples themselves are not changed"
+
+
 # --- tasks from files and from the Hub ---
+
+
+def test_all_examples_of_a_file_are_read_in_its_order(tmp_path):
+    rows = [{"question": f"{i} + 1?", "answer": i + 1, "system": "Add."} for i in (5, 3, 4, 3)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    examples = data.read_examples(path, "qa")
+    assert questions(examples) == ["5 + 1?", "3 + 1?", "4 + 1?", "3 + 1?"], "the repeat too: its partner may differ"
+    assert examples == [data.to_example(row, "qa", "here") for row in rows]
+    assert {example["verifier"] for example in data.read_examples(path, "math")} == {"math"}
+    write_jsonl(tmp_path / "a.jsonl", [*rows, {"question": "?"}])
+    with pytest.raises(SystemExit, match='a.jsonl:5: no "answer"'):
+        data.read_examples(path, "qa")
+
+
+def test_of_a_set_on_the_hub_the_test_split_is_read_and_else_the_train_split(monkeypatch):
+    hub = {"train": [{"problem": "b", "answer": "1"}, {"problem": "a", "answer": "2"}]}
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config: hub)
+    assert questions(data.read_examples("someone/some-set", "math")) == ["b", "a"]
+    hub["test"] = [{"problem": "d", "answer": "3"}, {"problem": "c", "answer": "4"}]
+    assert questions(data.read_examples("someone/some-set", "math")) == ["d", "c"]
 
 
 def test_gsm8k_format(tmp_path):

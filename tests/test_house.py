@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ["grpo", "dr_grpo", "rloo", "ppo", "kimi_k15", "dpo", "sft"]
+SCRIPTS = ["grpo", "dr_grpo", "rloo", "ppo", "kimi_k15", "dpo", "sft", "evaluate"]
 SCRIPTS += [
     f"family.{path.stem}" for path in sorted((ROOT / "family").glob("*.py"))
 ]  # patches of these, and scripts too
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "pairs": {"data", "batch", "rewards", "logprobs", "plot", "plumbing.processes"},
     "tiny.make": {"data"},
     "plumbing.evaluation": {"batch", "rewards"},
+    "plumbing.steps": {"batch", "data", "pairs", "plot", "rewards", "verifiers"},
     "plumbing.checkpoint": {"plumbing.adapters", "plumbing.processes"},
     "plumbing.sharded": set(),
     "plumbing.flags": set(),

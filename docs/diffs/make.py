@@ -671,6 +671,32 @@ METHODS = {
         second=[(0, r"R(o)="), (1, r"\dfrac{1}{|o|}\," + PAIR_LOG_RATIO)],
         terms={2: [Term([(2, r"\dfrac{1}{2\tau}")], "the target of the margin; τ is the flag beta")]},
     ),
+    "reward_model": Method(
+        file="family/reward_model.py",
+        title="Reward model",
+        paper="2203.02155",
+        says="Not the policy but a judge: a scalar head on the last token learns which answer people prefer.",
+        averaged=PAIRS,
+        objective=[
+            *log_sigma(r"\log\,\sigma(", r")"),
+            (2, r"\,-\,c\,(R(o_w)+R(o_l))^2"),
+        ],
+        second=[(0, r"R(o)="), (1, r"\mathrm{head}(h_{|o|})")],
+        terms={2: [LOG_SIGMA]},
+    ),
+    "prm": Method(
+        file="family/prm.py",
+        title="Process reward model",
+        paper="2305.20050",
+        says="The same head judges every step, at its last token.",
+        averaged="over all steps",
+        objective=[
+            (0, r"J=\mathrm{mean}\;"),
+            (2, r"\{\,y_j\,\log\,\sigma(s_j)+(1-y_j)\,\log(1-\sigma(s_j))\,\}"),
+        ],
+        second=[(0, r"s_j="), (1, r"\mathrm{head}(h_{t_j})")],
+        terms={2: [Term([(2, r"y_j")], "the label of a step: is it right, or how often does it end right")]},
+    ),
 }
 OBJECTIVES = ["grpo", "dr_grpo", "rloo", "kimi_k15", "ppo", "dpo"]  # every pair of these has a page
 THREE = ["grpo", "dr_grpo", "ppo"]
@@ -692,6 +718,8 @@ FAMILY = [
     ("dpo", "dpo_norm"),
     ("dpo", "simpo"),
     ("dpo", "ipo"),
+    ("dpo", "reward_model"),
+    ("reward_model", "prm"),
 ]
 TREE = [("grpo", name) for name in OBJECTIVES[1:]] + FAMILY  # who is whose patch
 
@@ -772,6 +800,8 @@ EDGES = {
         ],
         [(0, r"R(o)="), (1, r"\dfrac{1}{|o|}"), (0, r"\," + PAIR_LOG_RATIO)],
     ),
+    "reward_model": METHODS["reward_model"].second,
+    "prm": beside(METHODS["prm"].objective, METHODS["prm"].second),
 }
 ROUTE = [
     ("grpo", "grpo.html"),
@@ -839,6 +869,12 @@ CHANGES = {
     "and right responses are imitated. By default no KL.",
     ("dpo", "dpo_norm"): "Adds 1/|o|: the reward is the mean over the tokens, and β is larger.",
     ("dpo", "simpo"): "Drops the reference model; adds 1/|o| to the reward, and a margin γ to win by.",
+    (
+        "dpo",
+        "reward_model",
+    ): "Drops policy and reference: the reward is a head of its own, on the state of the last token; "
+    "adds a term that draws rewards to a sum of 0, and questions with more than two answers.",
+    ("reward_model", "prm"): "Drops pairs: every step of a response has a label, and a score at its last token.",
     ("dpo", "ipo"): "Drops log σ; adds a target for the difference of the rewards, which are means over the tokens.",
 }
 
