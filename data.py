@@ -191,21 +191,27 @@ def random_expression(numbers: list[int], rng: random.Random) -> tuple[str, int]
 PERTURBATIONS = ("numbers", "order", "longer")
 
 
-def perturb(examples: list[dict], how: str) -> list[dict]:
-    """Questions of a procedural task, each changed a little: the same ones every time.
+def perturb(train: list[dict], how: str, n: int | None = None) -> list[dict]:
+    """The first n training questions of a procedural task, or all, each changed a little: the same ones every time.
 
-    numbers: other numbers, as many; order: the same numbers in another order, where they differ; longer: one number
-    more than the longest of these questions has
+    numbers: other numbers, as many; order: the same numbers in another order; longer: one number more than the longest
+    training question has. What was trained on too is changed again, up to 100 times; says how many stayed.
     """
-    longest = max(example["level"] for example in examples)
+    known = {example["question"] for example in train}
+    longest = max(example["level"] for example in train)
     changed = []
-    for example in examples:
+    for example in train[:n]:
         rng = random.Random(f"perturb {how} {example['question']} {SPLIT_SEED}")
         level = longest + 1 if how == "longer" else example["level"]
-        if example["verifier"] == "countdown":
-            changed.append(perturb_countdown(example, how, level, rng))
-        else:
-            changed.append(perturb_sum(example, how, level, rng))
+        change = perturb_countdown if example["verifier"] == "countdown" else perturb_sum
+        for _ in range(100):
+            other = change(example, how, level, rng)
+            if other["question"] not in known:
+                break
+        changed.append(other)
+    seen = sum(example["question"] in known for example in changed)
+    if seen:
+        say(f"data: {seen} of {len(changed)} changed questions were trained on as well")
     return changed
 
 

@@ -5,12 +5,11 @@
     python evaluate.py MODEL --task qa --data original.jsonl perturbed.jsonl      the same for pairs of files
     python evaluate.py runs/grpo/model --ask "3+4+5="             a few responses, token by token
 
-A model is a folder, an adapter or a name on the Hub. With the defaults of a run the numbers are those of the run's own
-evaluation, since both call plumbing/evaluation.py. Each has its standard error over the questions: the std of the
-questions' own values, divided by the root of their number. pass@k is the unbiased estimate (rewards.py); majority@k
-asks whether the answer that most of the k responses give is right. Of two sets the difference is that of each question
-and its partner (as in MATH-Perturb, arXiv 2502.06453): who has learned questions by heart loses, and who has learned to
-solve them does not.
+A model is a folder, an adapter or a name on the Hub. With a run's flags the numbers are those of the run's evaluation,
+since both call plumbing/evaluation.py. The error is the std of the questions' own values over the root of their number.
+pass@k is the unbiased estimate (rewards.py); majority@k asks whether the answer that most of k responses give is right.
+Of two sets the difference is that of each question and its partner (as in MATH-Perturb, arXiv 2502.06453): who has
+learned questions by heart loses, and who has learned to solve them does not.
 """
 
 import json
@@ -19,19 +18,28 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated, Literal
 
 import tyro
 
-from data import arithmetic_example, encode_prompts, load_task, perturb, read_examples, stop_strings, with_system
+from data import (
+    arithmetic_example,
+    check_positions,
+    encode_prompts,
+    load_task,
+    perturb,
+    read_examples,
+    stop_strings,
+    with_system,
+)
 from logprobs import load_policy
 from plot import bars
-from plumbing.evaluation import answer
+from plumbing.evaluation import answer, mean_and_error, show_tokens
 from plumbing.fail import fail, say
 from plumbing.flags import check_config
 from plumbing.processes import make_accelerator
-from rewards import majority_is_right, pass_at_k, score
+from rewards import majority_is_right, pass_at_k
 from rollout import check_sampler, make_sampler
 from verifiers import has_steps
 
@@ -58,6 +66,8 @@ class Config:
 def question_sets(config: Config) -> dict[str, list[dict]]:
     """Name -> questions: one set, or two in which those at the same place are partners."""
     n = config.eval_prompts
+    if config.perturb and config.data:
+        fail("--perturb is for tasks made by a program; of data give two files, --data ORIGINAL PERTURBED")
     if config.ask:
         return {"asked": [asked(config.ask)]}
     if config.data:
@@ -71,7 +81,7 @@ def question_sets(config: Config) -> dict[str, list[dict]]:
         return {"held out": task.test[:n]}
     if "level" not in task.train[0]:
         fail(f"--perturb: --task {config.task} is not made by a program; give two files, --data ORIGINAL PERTURBED")
-    return {"trained on": task.train[:n], config.perturb: perturb(task.train[:n], config.perturb)}
+    return {"trained on": task.train[:n], config.perturb: perturb(task.train, config.perturb, n)}
 
 
 def asked(question: str) -> dict:
@@ -95,9 +105,11 @@ def evaluate(model: str, config: Config, sets: dict[str, list[dict]]) -> dict[st
         examples = encode_prompts(examples, tokenizer, config.template, config.max_prompt_tokens, name)
         if len(sets) > 1 and len(examples) < size:
             fail("a prompt is longer than --max-prompt-tokens, and its partner would be alone; raise it")
+        longest = max(len(example["prompt_ids"]) for example in examples)
+        check_positions(longest + config.max_new_tokens, policy.positions, "--max-new-tokens")
         answers = answer(sampler, examples, config.eval_samples, config.temperature, show=f"{model}, {name}")
         if config.ask:
-            show(answers.sampled, examples[0], tokenizer)
+            show_tokens(answers.sampled, examples[0], tokenizer)
         found[name] = [numbers(answers, i, example, config.eval_samples) for i, example in enumerate(examples)]
     return found
 
@@ -118,23 +130,6 @@ def numbers(answers, i: int, example: dict, k: int) -> dict:
         "length": fmean(answers.sampled.lengths[rows].tolist()),
         "truncated": answers.sampled.finish_reasons[rows].count("length") / k,
     }
-
-
-def show(batch, example: dict, tokenizer) -> None:
-    """Print responses, each with its rewards and the log-prob of every token."""
-    for i, text in enumerate(batch.texts):
-        row = batch.select(batch["row"][i : i + 1])
-        scores = score(row, [example], ["format"])
-        rewards = [f"{name} {values[0]:g}" for name, values in scores.items() if example["answer"] or name == "format"]
-        ids = row.response_ids[0].tolist()
-        tokens = [f"{tokenizer.decode([t])!r} {x:.2f}" for t, x in zip(ids, row.sampler_logp[0].tolist(), strict=True)]
-        print(f"\n{text}\n    {', '.join(rewards)}, {len(ids)} tokens, log-prob {row.sampler_logp.sum():.2f}")
-        print("    " + " | ".join(tokens))
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean over the questions, and its standard error."""
-    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def rows_of(found: dict[str, list[dict]]) -> dict[str, dict]:
@@ -160,8 +155,7 @@ def main(config: Config) -> None:
         results = [evaluate(model, config, sets) for model in config.models]
     else:  # each in a process of its own, whose memory is free afterwards
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-            jobs = [pool.submit(evaluate, model, config, sets) for model in config.models]
-            results = [job.result() for job in jobs]
+            results = [pool.submit(evaluate, model, config, sets).result() for model in config.models]
     if config.ask:
         return
     tables = {model: rows_of(found) for model, found in zip(config.models, results, strict=True)}

@@ -403,6 +403,11 @@ class Scorer(Value):
         last = batch.lengths[:, None] - 1  # [B, 1]
         return scores.gather(1, last).squeeze(1)  # [B]
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that question and response may have together; None without a limit."""
+        return positions(self.model)
+
     def weights(self):
         """Yield (name, tensor) of the model, one at a time, to be saved."""
         yield from self.model.state_dict().items()

@@ -347,11 +347,15 @@ def ranked_answers(rows: list[tuple[str, dict]], source: str) -> list[dict]:
     return found
 
 
-def encode_ranked(train: list[dict], test: list[dict], config, tokenizer) -> tuple[list[dict], list[dict]]:
+def encode_ranked(
+    train: list[dict], test: list[dict], config, tokenizer, positions=None
+) -> tuple[list[dict], list[dict]]:
     """The training questions and the first --eval-prompts held-out ones, with the token ids of their answers."""
     limit = config.max_prompt_tokens + config.max_new_tokens
     train = encode_answers(train, tokenizer, limit, "training")
     held_out = encode_answers(test[: config.eval_prompts], tokenizer, limit, "held-out")
+    lengths = [len(question["prompt_ids"]) + max(map(len, question["ranked_ids"])) for question in train + held_out]
+    check_positions(max(lengths, default=0), positions, "--max-new-tokens")
     numbers = sorted({len(question["ranked_ids"]) for question in train + held_out})
     if len(numbers) > 1:
         fail(f"--data: questions have {numbers[0]} to {numbers[-1]} ranked answers; give all of them as many")
@@ -398,9 +402,13 @@ def sample_ranked(config, sampler, questions: list[dict], weights: dict[str, flo
         prompts = [question["prompt_ids"] for question in part]
         batch = sampler.generate(prompts, config.group_size, config.temperature, seed + first)
         examples = [part[i] for i in batch.prompt_index.tolist()]
-        gold = weighted_sum(score(batch, examples, weights), weights)
+        scores = score(batch, examples, weights)
+        gold = weighted_sum(scores, weights)
         for i, question in enumerate(part):
             group = range(i * config.group_size, (i + 1) * config.group_size)
+            group = [row for row in group if not scores.unchecked[row]]
+            if not group:
+                continue
             others = [row for row in group if gold[row] != gold[group[0]]]
             if not others:
                 continue
@@ -433,7 +441,7 @@ def judge_order(scores: torch.Tensor, questions: list[dict], picture: Path) -> d
     metrics = {"eval_calibration": calibration_error(confidence, right, low=0.5)}
     if "gold" in questions[0]:
         gold = torch.tensor([question["gold"] for question in questions], device=scores.device)  # [N, 2]
-        same_order = (scores[:, 0] > scores[:, 1]) == (gold[:, 0] > gold[:, 1])  # [N]
+        same_order = (scores[:, 0] - scores[:, 1]) * (gold[:, 0] - gold[:, 1]) > 0  # [N] a tie is no order
         metrics["eval_gold_accuracy"] = same_order.float().mean().item()
     return metrics
 

@@ -20,6 +20,7 @@ import bisect
 import inspect
 import itertools
 import math
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -368,13 +369,27 @@ def ids_and_ends(tokenizer, question: str, response: str, ends: list[int]) -> tu
     """The same tokens; how many stand before the response; and in which token each of these characters of it is.
 
     ends: numbers of characters of the response, from 1 to its length
+    Ends the run (SystemExit) if the chat template changes the response.
     """
     text = reward_text(tokenizer, question, response)
+    start = len(os.path.commonprefix([text, reward_text(tokenizer, question, "\0")]))  # what stands before a response
+    if not text.startswith(response, start):
+        fail(
+            "the tokenizer's chat template changes responses, so that steps cannot be found in them; use another model"
+        )
     encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_offsets_mapping=True)
-    last = [end for _, end in encoded["offset_mapping"]]  # the characters of the text up to the end of each token
-    start = text.rindex(response)
-    before = bisect.bisect_right(last, start)
-    return encoded["input_ids"], before, [bisect.bisect_left(last, start + end) for end in ends]
+    places = []  # of the tokens that stand for characters; special ones stand for none
+    reached = []  # how many characters of the text there are up to each of these
+    for place, (begin, end) in enumerate(encoded["offset_mapping"]):
+        if end > begin:
+            places.append(place)
+            reached.append(max(end, reached[-1] if reached else 0))
+    tokens = []
+    for end in ends:
+        first = reached[bisect.bisect_left(reached, start + end)]  # a character may be several tokens: the last one
+        tokens.append(places[bisect.bisect_right(reached, first) - 1])
+    before = places[bisect.bisect_right(reached, start)]
+    return encoded["input_ids"], before, tokens
 
 
 def parts_of_like_length(texts: list[list[int]], budget: int) -> list[list[int]]:
@@ -453,8 +468,12 @@ def score_steps(batch, examples: list[dict], tokenizer, judge: StepRewardModel |
 
 def tokens_of(ids: list[int], ends: list[int], tokenizer) -> list[int]:
     """In which token of a response each of these numbers of characters is reached."""
-    after = list(itertools.accumulate(len(tokenizer.decode([token])) for token in ids))
-    return [min(bisect.bisect_left(after, end), len(ids) - 1) for end in ends]
+
+    def characters(count: int) -> int:
+        return len(tokenizer.decode(ids[:count]))
+
+    counts = range(1, len(ids) + 1)
+    return [min(bisect.bisect_left(counts, end, key=characters), len(ids) - 1) for end in ends]
 
 
 # --- pass@k ---
@@ -485,9 +504,10 @@ def calibration_error(confidence: list[float], right: list[float], bins: int = 1
 
 def calibration_bins(confidence: list[float], right: list[float], bins: int, low: float) -> list[list[tuple]]:
     """(confidence, right) of what is in each bin; the borders belong to the bin above, and 1 to the last."""
+    borders = [low + (1 - low) * i / bins for i in range(bins)]  # the lower one of each bin
     held = [[] for _ in range(bins)]
     for c, r in zip(confidence, right, strict=True):
-        held[min(int((c - low) / (1 - low) * bins), bins - 1)].append((c, r))
+        held[bisect.bisect_right(borders, c) - 1].append((c, r))
     return held
 
 

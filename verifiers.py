@@ -580,7 +580,7 @@ def has_steps(example: dict) -> bool:
     return SUM.fullmatch(example["question"]) is not None
 
 
-SEPARATORS = {"comma": ",", "line": r"\n+"}  # rule -> what ends a step
+SEPARATORS = {"comma": ",", "line": r"(?<!<think>)(?<!\n)\n+"}  # rule -> what ends a step
 
 
 def step_ends(response: str, rule: str) -> list[int]:

@@ -167,7 +167,7 @@ def main(config: Config) -> None:
 def check_flags(config: Config) -> None:
     """End the run at flags that would be ignored."""
     if config.data:
-        names = ("task", "sampler", "labels", "continuations", "pair_prompts", "group_size")
+        names = ("task", "template", "system", "sampler", "labels", "continuations", "pair_prompts", "group_size")
         refuse_changed(config, names, "is for the model's own responses; drop it, or drop --data")
     refuse_changed(config, ("lora_rank", "shard"), "is not for reward models, whose weights are all trained here")
 

@@ -125,7 +125,7 @@ def main(config: Config) -> None:
             held_out = gather(sample_ranked(config, sampler, run.share(test), weights, run.seed(0)))
         sampler.sleep()
         del policy, sampler
-    train, held_out = encode_ranked(train, held_out, config, tokenizer)
+    train, held_out = encode_ranked(train, held_out, config, tokenizer, model.positions)
     check_pairs(train, held_out, config)
     if accelerator.is_main_process:
         show_pairs(train, held_out, config, tokenizer)
@@ -179,7 +179,7 @@ def main(config: Config) -> None:
 def check_flags(config: Config) -> None:
     """End the run at flags that would be ignored."""
     if config.data:
-        names = ("task", "sampler", "gold", "flip", "pair_prompts", "group_size")
+        names = ("task", "template", "system", "sampler", "gold", "flip", "pair_prompts", "group_size")
         refuse_changed(config, names, "is for pairs of the model's own responses; drop it, or drop --data")
     if not config.flip < 0.5:
         fail(f"--flip {config.flip}: below 0.5, or the labels mean their opposite")

@@ -1,6 +1,7 @@
 """Questions answered by a model, once greedily and k times at a temperature: what a run evaluates, and evaluate.py."""
 
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from batch import Rollouts
 from rewards import Scores, score
@@ -31,3 +32,20 @@ def answer(sampler, examples: list[dict], k: int, temperature: float, rewards=()
         greedy_scores=score(greedy, examples, []),
         scores=score(sampled, examples_of_samples, ["format", *rewards]),
     )
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean over the questions, and its standard error."""
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def show_tokens(batch, example: dict, tokenizer) -> None:
+    """Print responses, each with its rewards and the log-prob of every token."""
+    for i, text in enumerate(batch.texts):
+        row = batch.select(batch["row"][i : i + 1])
+        scores = score(row, [example], ["format"])
+        rewards = [f"{name} {values[0]:g}" for name, values in scores.items() if example["answer"] or name == "format"]
+        ids = row.response_ids[0].tolist()
+        tokens = [f"{tokenizer.decode([t])!r} {x:.2f}" for t, x in zip(ids, row.sampler_logp[0].tolist(), strict=True)]
+        print(f"\n{text}\n    {', '.join(rewards)}, {len(ids)} tokens, log-prob {row.sampler_logp.sum():.2f}")
+        print("    " + " | ".join(tokens))

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from batch import Rollouts
-from data import pick_fields
+from data import check_positions, pick_fields
 from pairs import batch_of_texts, question_and_system, read_both
 from plot import reliability
 from plumbing.fail import fail, say
@@ -54,17 +54,19 @@ def sample_steps(config, sampler, tokenizer, questions: list[dict], seed: int) -
         prompts = [question["prompt_ids"] for question in part]
         batch = sampler.generate(prompts, config.group_size, config.temperature, seed + first)
         examples = [part[i] for i in batch.prompt_index.tolist()]
-        accuracy = score(batch, examples, [])["accuracy"]
+        scores = score(batch, examples, [])
         if config.labels == "verifier":
             labels = [[right for _, right in judge_steps(*pair)] for pair in zip(batch.texts, examples, strict=True)]
         else:
-            labels = continued(config, sampler, tokenizer, batch, examples, seed + first)
+            labels = continued(config, sampler, tokenizer, batch, examples, 10**8 + seed + first)
         for i, (text, example) in enumerate(zip(batch.texts, examples, strict=True)):
             ends = step_ends(text, rule_of(example))
-            if not text or len(text) in ends or None in labels[i]:  # no answer after the last step, or none was checked
+            if not text or len(text) in ends:  # no answer after the last step
+                continue
+            if scores.unchecked[i] or None in labels[i]:
                 continue
             question = {"question": example["question"], "prompt": example["question"], "system": ""}
-            judged = {"response": text, "ends": [*ends, len(text)], "labels": [*labels[i], accuracy[i]]}
+            judged = {"response": text, "ends": [*ends, len(text)], "labels": [*labels[i], scores["accuracy"][i]]}
             found.append(question | judged)
     return found
 
@@ -78,8 +80,8 @@ def continued(config, sampler, tokenizer, batch: Rollouts, examples: list[dict],
     for i, (ids, length) in enumerate(zip(batch.response_ids.tolist(), batch.lengths.tolist(), strict=True)):
         text = batch.texts[i]
         ends = step_ends(text, rule_of(examples[i]))
-        for end, t in zip(ends, tokens_of(ids[:length], ends, tokenizer), strict=True):
-            prefixes.append((i, text[:end], examples[i]["prompt_ids"] + ids[: t + 1]))
+        for t in tokens_of(ids[:length], ends, tokenizer):
+            prefixes.append((i, tokenizer.decode(ids[: t + 1]), examples[i]["prompt_ids"] + ids[: t + 1]))
     labels = [[] for _ in examples]
     for first in range(0, len(prefixes), 64):
         part = prefixes[first : first + 64]
@@ -104,11 +106,16 @@ def share_right(responses: list[str], example: dict) -> float | None:
 # --- token ids ---
 
 
-def encode_steps(train: list[dict], test: list[dict], config, tokenizer) -> tuple[list[dict], list[dict]]:
-    """The training responses and the first --eval-prompts held-out ones, as the tokens that a reward model reads."""
+def encode_steps(
+    train: list[dict], test: list[dict], config, tokenizer, positions=None
+) -> tuple[list[dict], list[dict]]:
+    """The training and the held-out responses as the tokens that a reward model reads; of --data not all held-out."""
     limit = config.max_prompt_tokens + config.max_new_tokens
+    test = test[: config.eval_prompts] if config.data else test
     train = [encode_response(response, tokenizer, limit) for response in train]
-    held_out = [encode_response(response, tokenizer, limit) for response in test[: config.eval_prompts]]
+    held_out = [encode_response(response, tokenizer, limit) for response in test]
+    lengths = [len(response["prompt_ids"]) + len(response["response_ids"]) for response in train + held_out]
+    check_positions(max(lengths, default=0), positions, "--max-new-tokens")
     cut = sum(len(response["end_ids"]) < len(response["ends"]) for response in train + held_out)
     if cut:
         say(f"data: {cut} responses are longer than {limit} tokens with their prompt; their last steps were left out")

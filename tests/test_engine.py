@@ -298,16 +298,16 @@ def test_the_gradient_of_the_head_does_not_depend_on_its_chunks_under_autocast(c
 def test_training_under_autocast_goes_as_in_float32(script, tmp_path, monkeypatch):
     """Three steps on the CPU in bf16, with chunks of logits, layers computed again, and several micro-batches."""
     import logprobs
-    from plumbing import run
+    from plumbing import processes
 
-    real = run.Accelerator
+    real = processes.Accelerator
     records = {}
 
     def accelerator(**flags):
         AcceleratorState._reset_state()  # which would keep the precision of the first one
         return real(**(flags | {"mixed_precision": precision}))
 
-    monkeypatch.setattr(run, "Accelerator", accelerator)
+    monkeypatch.setattr(processes, "Accelerator", accelerator)
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", {"cpu": 103 * 64})
     for precision in ("no", "bf16"):
         flags = (

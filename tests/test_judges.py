@@ -368,7 +368,7 @@ def test_a_head_with_a_bias_under_another_name_is_trained_and_saved_too(tmp_path
 
 # --- ranked answers that are read ---
 
-LIMITS = SimpleNamespace(max_prompt_tokens=512, max_new_tokens=64, eval_prompts=128)
+LIMITS = SimpleNamespace(max_prompt_tokens=512, max_new_tokens=64, eval_prompts=128, data=("a file",))
 
 
 def ranked(question, *answers, **more):
@@ -458,7 +458,7 @@ def test_an_answer_may_be_the_beginning_of_another(tiny):
 
 def test_what_is_equal_after_the_limit_is_left_out_and_counted(tiny, capsys):
     """Prompt and answer have 4 + 4 tokens together."""
-    limits = SimpleNamespace(max_prompt_tokens=4, max_new_tokens=4, eval_prompts=3)
+    limits = SimpleNamespace(max_prompt_tokens=4, max_new_tokens=4, eval_prompts=3, data=("a file",))
     differ = ranked("1+1=", "2abc", "2abd")
     later = ranked("1+1=", "2abcd", "2abce")  # they differ in the fifth token
     equal = ranked("1+1=", "2", "2")
@@ -612,10 +612,13 @@ def test_calibration_counts_all_pairs_of_ranked_answers(tmp_path):
     assert wrong["eval_calibration"] == pytest.approx((sigma(1.0) + sigma(1.1) + sigma(0.1)) / 3, abs=1e-9)
 
 
-TIES = pytest.mark.xfail(strict=True, reason="a tie counts as the order of a flipped label")
+def test_the_bins_of_an_order_are_a_twentieth_wide(tmp_path):
+    """Confidences of .525, right, and .574, wrong: from .5 to .55, and from .55 to .6."""
+    metrics = judge_order(double(0.1, 0, 0, 0.3).view(2, 2), [{}] * 2, tmp_path / "calibration.png")
+    assert metrics["eval_calibration"] == pytest.approx((1 - sigma(0.1) + sigma(0.3)) / 2, abs=1e-9)
 
 
-@pytest.mark.parametrize("gold", [[1.0, 0.0], pytest.param([0.0, 1.0], marks=TIES)])
+@pytest.mark.parametrize("gold", [[1.0, 0.0], [0.0, 1.0]])
 def test_a_tie_is_no_order(tmp_path, gold):
     """Before the first update all scores are 0."""
     metrics = judge_order(double(0, 0)[None], [{"gold": gold}], tmp_path / "calibration.png")
@@ -980,10 +983,17 @@ def test_a_special_token_before_every_text_moves_all_by_one():
     assert len(ids) == 5 and before == 2 and places == [2, 3, 4]
 
 
-AFTER = pytest.mark.xfail(strict=True, reason="the offsets (0, 0) of a special token at the end are out of order")
+def test_a_special_token_that_the_chat_template_writes_is_there_once():
+    """The tokenizer would put one before every text, too."""
+    pieces = ["<bos>", "3+5+9=", "/", "<think>3+5=8,", "8+9=17</think>", "<answer>17</answer>"]
+    template = "<bos>{% for m in messages %}{{ m.content }}/{% endfor %}"
+    tokenizer = with_template(tokenizer_of(*pieces, first="<bos>"), template)
+    ids, before, places = ids_and_ends(tokenizer, "3+5+9=", RESPONSE, AT)
+    assert pieces_of(tokenizer, ids) == [*pieces, "/"] and ids == reward_ids(tokenizer, "3+5+9=", RESPONSE)
+    assert before == 3 and places == [3, 4, 5]
 
 
-@pytest.mark.parametrize("cuts", [2, pytest.param(3, marks=AFTER), pytest.param(4, marks=AFTER)])
+@pytest.mark.parametrize("cuts", [2, 3, 4])
 def test_a_special_token_after_every_text_changes_nothing(cuts):
     answer = ["<answer>17</answer>", "<answer>", "17</answer>", "<answer>", "17", "</answer>"]
     start = {2: 0, 3: 1, 4: 3}[cuts]
@@ -1004,7 +1014,6 @@ def test_in_a_chat_template_the_response_is_found(tiny):
     assert tokenizer.decode(ids[places[-1] + 1 :]) == "[end]\n"
 
 
-@pytest.mark.xfail(strict=True, reason="found by rindex, and the template writes the same text after it")
 def test_a_response_that_the_template_writes_after_it_once_more_is_found(tiny):
     tokenizer = with_template(tiny[1])
     ids, before, places = ids_and_ends(tokenizer, "3+5+9=", "end", [3])
@@ -1012,7 +1021,6 @@ def test_a_response_that_the_template_writes_after_it_once_more_is_found(tiny):
     assert tokenizer.decode(ids[:before]).endswith("[assistant]")
 
 
-@pytest.mark.xfail(strict=True, reason="ValueError: substring not found")
 def test_a_template_that_changes_the_response_is_one_clear_line(tiny):
     """Many trim it, and those of models that think take the thinking away."""
     tokenizer = with_template(tiny[1], TEMPLATE.replace("m.content", "m.content.split('</think>')[-1] | trim"))
@@ -1029,7 +1037,6 @@ def bytes_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
-@pytest.mark.xfail(strict=True, reason="bisect_left finds the first of the tokens of one character")
 def test_a_character_of_several_tokens_is_reached_in_the_last_one():
     _, before, places = ids_and_ends(bytes_tokenizer(), "q", "é\nか。", [2, 4])
     assert before == 1
@@ -1044,15 +1051,11 @@ def spaces_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
-BYTES = pytest.mark.xfail(strict=True, reason="a byte alone decodes to a character, U+FFFD")
-SPACES = pytest.mark.xfail(strict=True, reason="a token alone loses the space before it")
-
-
 @pytest.mark.parametrize(
     ("tokenizer", "ids", "text", "tokens"),
     [
-        pytest.param(bytes_tokenizer(), None, "né\nか\nx", [3, 7], marks=BYTES),
-        pytest.param(spaces_tokenizer(), [0, 1, 2, 3, 4, 1, 3, 4], "so it is\nx it\nx", [3, 6], marks=SPACES),
+        (bytes_tokenizer(), None, "né\nか\nx", [3, 7]),
+        (spaces_tokenizer(), [0, 1, 2, 3, 4, 1, 3, 4], "so it is\nx it\nx", [3, 6]),
     ],
 )
 def test_in_sampled_tokens_a_step_ends_where_its_text_ends(tokenizer, ids, text, tokens):
@@ -1111,7 +1114,7 @@ def test_bad_steps_are_one_clear_line(tmp_path, row, words):
 def test_steps_beyond_the_limit_are_left_out_and_counted(tiny, capsys):
     """In the tiny model's tokens every character is one. The limit is 8 tokens, with the prompt of 2."""
     tokenizer = tiny[1]
-    limits = SimpleNamespace(max_prompt_tokens=2, max_new_tokens=6, eval_prompts=2)
+    limits = SimpleNamespace(max_prompt_tokens=2, max_new_tokens=6, eval_prompts=2, data=("a file",))
     fits = judged("1=", "a,", "b,", "cd", labels=[1.0, 0.0, 0.5])
     cut = judged("1=", "a,", "b,", "cde", labels=[1.0, 0.0, 0.5])
     gone = judged("1=", "abcdefg,", "h", labels=[1.0, 0.0])
@@ -1293,7 +1296,6 @@ def rests_of_either(text):
     return rests_of("3+5+9=" + text.partition("=")[2])
 
 
-@pytest.mark.xfail(strict=True, reason="they have the seeds of the responses, so the same random numbers")
 def test_continuations_have_other_random_numbers_than_the_responses(tiny):
     sampler = Scripted(tiny[1], WRITTEN, rests_of)
     labelled(sampler, [SUM3])
@@ -1301,7 +1303,6 @@ def test_continuations_have_other_random_numbers_than_the_responses(tiny):
     assert first != second
 
 
-@pytest.mark.xfail(strict=True, reason="the text is cut at the step's end, the token ids after its token")
 def test_what_the_last_token_of_a_prefix_has_of_the_next_step_is_not_lost(monkeypatch):
     """The comma and the 8 after it are one token."""
     tokenizer = tokenizer_of("3+5+9=", "<think>3+5=8", ",8", "+9=17</think>", "<answer>17</answer>")
@@ -1347,7 +1348,6 @@ def test_a_response_with_a_step_that_could_not_be_checked_is_left_out(tiny, monk
     assert [response["response"] for response in found] == [WRITTEN[0], WRITTEN[2], WRITTEN[3]]
 
 
-@pytest.mark.xfail(strict=True, reason="its label is 0, wrong")
 def test_a_response_whose_answer_could_not_be_checked_is_left_out(tiny, monkeypatch):
     def accuracy(response, example):
         if response == WRITTEN[1]:
