@@ -18,7 +18,6 @@ A response whose answer cannot be checked gets 0, and is counted in the metric `
 
 import bisect
 import inspect
-import itertools
 import math
 import os
 import re

@@ -116,7 +116,11 @@ print("MODULES", *sys.modules)
     return set(modules), status
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+SLOW = [script for script in SCRIPTS if script.startswith("family.") and script != "family.prm"]
+QUICK = [script for script in SCRIPTS if script not in SLOW]
+
+
+@pytest.mark.parametrize("script", [*QUICK, *(pytest.param(script, marks=pytest.mark.slow) for script in SLOW)])
 def test_help_and_a_wrong_flag_do_not_wait_for_libraries(script):
     cases = [(["--help"], 0), (["--no-such-flag", "1"], 2)]
     if script.startswith("family."):  # patches import what their bases do, or little more

@@ -443,7 +443,16 @@ COSTS = {  # script -> passes over a rollout (DPO: over its pairs): forward with
 IN_CURVES = ["grpo", "dr_grpo", "rloo", "kimi_k15", "ppo", "dpo", "family/simpo"]  # in the table of docs/curves.md
 
 
-@pytest.mark.parametrize("script", COSTS)
+def family_slow(scripts: list[str], but: tuple[str, ...] = ()) -> list:
+    """These scripts as parameters of a test; the members of the family are slow, but for these."""
+    marked = []
+    for script in scripts:
+        slow = script.startswith("family") and script not in but
+        marked.append(pytest.param(script, marks=pytest.mark.slow) if slow else script)
+    return marked
+
+
+@pytest.mark.parametrize("script", family_slow(list(COSTS), but=("family/gspo", "family/opd", "family/oreal")))
 def test_models_and_passes_are_those_of_the_tables(tmp_path, monkeypatch, script):
     module = importlib.import_module(script.replace("/", "."))
     models = {}
