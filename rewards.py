@@ -387,7 +387,8 @@ def ids_and_ends(tokenizer, question: str, response: str, ends: list[int]) -> tu
     for end in ends:
         first = reached[bisect.bisect_left(reached, start + end)]  # a character may be several tokens: the last one
         tokens.append(places[bisect.bisect_right(reached, first) - 1])
-    before = places[bisect.bisect_right(reached, start)]
+    first = bisect.bisect_right(reached, start)
+    before = places[first] if first < len(places) else places[-1] + 1  # an empty response has no token
     return encoded["input_ids"], before, tokens
 
 

@@ -405,6 +405,7 @@ def test_weights_that_are_not_finite_end_the_run_before_they_are_saved(tmp_path,
     assert_nothing_is_saved(tmp_path, error, "step 1: weights of the policy are not finite")
 
 
+@pytest.mark.slow
 def test_margin_and_accuracy_rise_on_held_out_pairs(tmp_path):
     run_script("dpo.py", "--steps", 20, "--eval-every", 0, "--out", tmp_path / "run")
     first, *_, last = read_jsonl(tmp_path / "run" / "metrics.jsonl")

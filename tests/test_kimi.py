@@ -383,6 +383,7 @@ def test_resuming_continues_to_the_bit_with_the_success_rates(tmp_path, curricul
         assert torch.equal(x, states[1]["policy"][name])
 
 
+@pytest.mark.slow
 def test_accuracy_rises(tmp_path):
     run_script("kimi_k15.py", "--steps", 25, "--eval-every", 0, "--out", tmp_path / "run")
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")

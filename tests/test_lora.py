@@ -238,6 +238,7 @@ def test_frozen_weights_stay_what_they_were(tmp_path):
     assert len(changed) == 14 and all("proj" in name for name in changed)
 
 
+@pytest.mark.slow
 def test_the_tiny_model_learns_by_an_adapter(tmp_path):
     flags = ["--lora-rank", 16, "--lr", 1e-3, "--steps", 25, "--eval-every", 0, "--eval-prompts", 64]
     run_script("grpo.py", *flags, "--out", tmp_path / "run")

@@ -209,7 +209,8 @@ def weights_of(folder) -> dict:
     return weights
 
 
-@pytest.mark.parametrize("lora", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [0, 4])
 def test_a_checkpoint_of_shards_goes_on_in_any_number_of_processes(lora, tmp_path):
     """Policy, value network, optimizer: three updates in one process, or two in two and one in one to three."""
     (tmp_path / "one").mkdir()
@@ -302,7 +303,7 @@ def test_what_cannot_be_sharded_is_refused_in_one_line(tmp_path):
         ("grpo.py", [], "--shard: the Hugging Face sampler needs the whole model"),  # auto would take it here
         ("grpo.py", ["--sampler", "hf"], "--shard: the Hugging Face sampler needs the whole model"),
         ("grpo.py", ["--sampler", "vllm"], "--shard: start it as torchrun"),
-        ("ppo.py", ["--sampler", "vllm", "--lora-rank", 4], "--shard: not together with --lora-rank in PPO"),
+        ("ppo.py", ["--sampler", "vllm", "--lora-rank", 4], "--shard: not together with --lora-rank where"),
     ]:
         result = subprocess.run(
             [sys.executable, script, "--shard", *map(str, flags), "--out", tmp_path / "run"],

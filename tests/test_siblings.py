@@ -373,6 +373,7 @@ def test_any_microbatch_size_gives_the_same_run(tmp_path, monkeypatch, script):
         assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", PATCHES)
 def test_accuracy_rises(tmp_path, script):
     run_script(f"{script}.py", "--steps", 25, "--eval-every", 0, "--out", tmp_path / "run")
