@@ -128,6 +128,7 @@ def numbers(answers, i: int, example: dict, k: int) -> dict:
         f"majority@{k}": float(majority_is_right(answers.sampled.texts[rows], right, example)),
         "format": fmean(answers.scores["format"][rows]),
         "length": fmean(answers.sampled.lengths[rows].tolist()),
+        "unchecked": fmean(answers.scores.unchecked[rows]),  # counted as wrong, though nobody knows
         "truncated": answers.sampled.finish_reasons[rows].count("length") / k,
     }
 
@@ -169,7 +170,7 @@ def main(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     (folder / "questions.json").write_text(json.dumps(dict(zip(config.models, results, strict=True)), indent=1) + "\n")
-    bars(tables, [m for m in metrics if m not in ("length", "truncated")], folder / "bars.png")
+    bars(tables, [m for m in metrics if m not in ("length", "unchecked", "truncated")], folder / "bars.png")
     print("\n".join(lines))
     say(f"table, picture and the numbers of each question are in {folder}")
 

@@ -13,7 +13,7 @@ For each question x, sample a group of G responses y_1..y_G from the policy pi_o
 
 The reward is that of a whole response, so the ratio is too. GRPO (grpo.py) has a ratio for each token: an importance
 weight from a single sample, which is mostly noise. s_i moves far less than a token's ratio, hence the paper's clip of
-3e-4 below and 4e-4 above. That is for learning rates of 1e-6. At the tiny model's rate it clips a third of all
+3e-4 below and 4e-4 above. That is for learning rates of 1e-6. At the tiny model's 1e-4 it clips a third of all
 responses, so the defaults here are wider, from a sweep (docs/curves.md). All tokens of a response are clipped together
 or not at all.
 Until the first update of a rollout the ratio is 1, so with one update per rollout the step is GRPO's. Hence four

@@ -52,7 +52,7 @@ from rollout import check_sampler, make_sampler
 class Config(RunConfig):  # model, data, sampler, evaluation and the like: plumbing/flags.py
     task: str = "arithmetic"  # without --data: the model's responses to its questions
     data: tuple[str, ...] = ()  # JSONL file or Hub set of steps; a second one is held out; empty: the model's own
-    eval_prompts: int = 128  # held-out questions or pairs per evaluation
+    eval_prompts: int = 128  # held-out questions, or responses of --data, per evaluation
     seed: int = 0  # of the model's own responses, and of the order of the pairs
     labels: Literal["verifier", "mc"] = "verifier"  # y: by the verifier of the task, or by continuations of each step
     continuations: int = 8  # of each step, for --labels mc

@@ -155,7 +155,7 @@ def main(config: Config) -> None:
                 sum_gradients(accelerator, parameters)
                 grad_norms.append(clip_gradients(accelerator, parameters, 1.0))
                 run.check_update(batch, grad_norms[-1])  # ends the run if these are not finite
-                optimizer.step()  # does nothing where there is no gradient: no KL and no informative group
+                optimizer.step()  # does nothing where there is no gradient: no KL, and all rewards are 0
                 optimizer.zero_grad()
         run.check_weights(batch)
         sampler.push(policy)  # pi_old <- pi

@@ -16,6 +16,7 @@ from matplotlib.image import imread
 
 import evaluate
 import grpo
+import rewards
 from data import encode_prompts, load_task, read_examples
 from logprobs import load_policy
 from plumbing.checkpoint import save_model
@@ -24,7 +25,7 @@ from rewards import accuracy
 from verifiers import final_answers
 
 TINY = str(ROOT / "tiny")
-METRICS = ["greedy", "pass@1", "pass@8", "majority@8", "format", "length", "truncated"]
+METRICS = ["greedy", "pass@1", "pass@8", "majority@8", "format", "length", "unchecked", "truncated"]
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,7 @@ def test_every_number_of_a_question_is_that_of_a_count_by_hand(tiny):
         expected[f"majority@{k}"] = float(winner is not None and right[votes.index(winner)])
         expected["format"] = sum(float(score) for score in answers.scores["format"][i * k : (i + 1) * k]) / k
         expected["length"] = sum(int(answers.sampled.response_mask[row].sum()) for row in rows) / k
+        expected["unchecked"] = sum(answers.scores.unchecked[i * k : (i + 1) * k]) / k
         expected["truncated"] = sum(answers.sampled.finish_reasons[row] == "length" for row in rows) / k
         assert found[i] == pytest.approx(expected, abs=1e-12)
     for metric in ("pass@1", f"pass@{k}", f"majority@{k}", "format", "length", "truncated"):
@@ -119,7 +121,8 @@ def test_numbers_of_a_question_are_of_its_own_samples():
         lengths=torch.tensor([10, 20, 30, 4, 5, 6]),
         finish_reasons=["length", "stop", "stop", "length", "length", "stop"],
     )
-    scores = {"accuracy": right, "format": [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]}
+    scores = rewards.Scores({"accuracy": right, "format": [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]})
+    scores.unchecked = [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     answers = SimpleNamespace(sampled=sampled, scores=scores, greedy_scores={"accuracy": [0.0, 1.0]})
     example = {"question": "3+4=", "answer": "7", "verifier": "number"}
     assert evaluate.numbers(answers, 0, example, 3) == {
@@ -131,6 +134,7 @@ def test_numbers_of_a_question_are_of_its_own_samples():
         "majority@3": 0.0,
         "format": pytest.approx(2 / 3),
         "length": 20.0,
+        "unchecked": pytest.approx(1 / 3),
         "truncated": pytest.approx(1 / 3),
     }
     second = evaluate.numbers(answers, 1, example, 3)
